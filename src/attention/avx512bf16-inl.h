@@ -1,0 +1,51 @@
+// Helpers of the AVX-512 BF16 kernels. Include between base/avx512bf16_push.h and base/avx512bf16_pop.h, after
+// <immintrin.h>.
+#pragma once
+
+#include <cstdint>
+
+namespace jointkv::attention {
+namespace {
+
+// The first n of 16 lanes; n may be negative or above 16.
+inline __mmask16 LaneMask(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
+
+// 2^x for x <= 0, to 2e-7 relative: round to an integer and a fraction in [-1/2, 1/2], Taylor polynomial of 2^f to f^6.
+inline __m512 Exp2(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));  // below the smallest subnormal, and no infinity minus infinity
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 y = _mm512_set1_ps(1.540353039e-4f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.333355815e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.618129108e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.550410866e-2f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.402265070e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.931471806e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, n);
+}
+
+// Two vectors of floats to one of bf16 pairs: first in the low half of each lane.
+inline __m512i PackPairs(__m512 first, __m512 second) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Rotates q (2, n_pairs) f32 and packs it as bf16 pairs, times `factor`.
+inline void RotateToPairs(const float* q, int n_pairs, const float* cos, const float* sin, float factor, uint32_t* out) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int i = 0; i < n_pairs; i += 16) {
+    const __mmask16 mask = LaneMask(n_pairs - i);
+    const __m512 c = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, cos + i));
+    const __m512 s = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, sin + i));
+    const __m512 x = _mm512_maskz_loadu_ps(mask, q + i);
+    const __m512 y = _mm512_maskz_loadu_ps(mask, q + n_pairs + i);
+    const __m512 first = _mm512_fmsub_ps(x, c, _mm512_mul_ps(y, s));
+    const __m512 second = _mm512_fmadd_ps(x, s, _mm512_mul_ps(y, c));
+    _mm512_storeu_si512(out + i, PackPairs(first, second));
+  }
+}
+
+}  // namespace
+}  // namespace jointkv::attention

@@ -1,0 +1,24 @@
+// CHECK: a broken invariant of our own ends the process with file, line and condition. Never for input.
+// DCHECK: the same in debug builds, for checks too dear for a release step.
+#pragma once
+
+namespace jointkv {
+[[noreturn]] void CheckFailed(const char* file, int line, const char* condition);
+}  // namespace jointkv
+
+#define CHECK(condition)                                      \
+  do {                                                        \
+    if (!(condition)) [[unlikely]]                            \
+      ::jointkv::CheckFailed(__FILE__, __LINE__, #condition); \
+  } while (false)
+
+#ifdef NDEBUG
+#define DCHECK(condition) \
+  do {                    \
+    if (false) {          \
+      CHECK(condition);   \
+    }                     \
+  } while (false)
+#else
+#define DCHECK(condition) CHECK(condition)
+#endif

@@ -1,0 +1,29 @@
+#include "base/cpu.h"
+
+#include <cctype>
+#include <cstdlib>
+
+namespace jointkv {
+
+const std::string& ForcedTarget() {
+  static const std::string target = [] {
+    const char* value = std::getenv("JOINTKV_TARGET");
+    std::string text = value == nullptr ? "" : value;
+    for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    return text;
+  }();
+  return target;
+}
+
+bool HasAvx512Bf16() {
+#if defined(__x86_64__)
+  static const bool has = (ForcedTarget().empty() || ForcedTarget() == "avx512bf16") && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+}  // namespace jointkv

@@ -1,0 +1,26 @@
+// How K and V elements are stored. A block names its codec; kernels switch on it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "base/bf16.h"
+
+namespace jointkv::codec {
+
+enum class Codec : uint8_t { kBf16, kF16, kF32 };
+
+constexpr size_t ElementBytes(Codec codec) { return codec == Codec::kF32 ? 4 : 2; }
+
+const char* CodecName(Codec codec);
+std::optional<Codec> ParseCodec(std::string_view name);
+
+using jointkv::Bf16FromF32;
+using jointkv::F32FromBf16;
+
+uint16_t F16FromF32(float value);
+float F32FromF16(uint16_t value);
+
+}  // namespace jointkv::codec

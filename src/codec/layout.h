@@ -1,0 +1,56 @@
+// Where a byte of a KV block lies. One class answers for every kernel, so neither side of attention ever reduces across
+// SIMD lanes.
+//
+// A physical block holds K or V of one layer: n_kv_heads heads, head after head, each for `cap` tokens (a multiple of
+// kClassStep). Within one head (hd = head_dim):
+//
+//   K, bf16      [hd/2 channel pairs][cap tokens][2]   a lane is a token, its 32 bits one rotated pair
+//   V, bf16      [cap/2 token pairs][hd channels][2]   a lane is a channel, its 32 bits two tokens
+//   K, f16, f32  [hd channels][cap tokens]             channel order: pair 0 first, pair 0 second, pair 1 first, ...
+//   V, f16, f32  [cap tokens][hd channels]
+//
+// A channel pair is a RoPE pair (dense/rope.h), whatever two channels of the model's head vector those are.
+#pragma once
+
+#include <cstddef>
+
+#include "base/checked.h"
+#include "codec/codec.h"
+
+namespace jointkv::codec {
+
+inline constexpr int kBlockTokensMax = 32;
+inline constexpr int kClassStep = 4;  // size classes: 4, 8, ..., 32 tokens
+inline constexpr int kClasses = kBlockTokensMax / kClassStep;
+
+enum class Kind : uint8_t { kK, kV };
+
+struct BlockLayout {
+  int n_kv_heads = 0;
+  int head_dim = 0;
+  Codec codec = Codec::kBf16;
+
+  size_t head_bytes(int cap) const { return static_cast<size_t>(cap) * head_dim * ElementBytes(codec); }
+  size_t head_offset(int head, int cap) const { return head * head_bytes(cap); }
+  // Bytes of a block of kClassStep tokens, padded to a cache line. A block of cap tokens has cap / kClassStep granules.
+  size_t granule_bytes() const { return RoundUp<size_t>(n_kv_heads * head_bytes(kClassStep), 64); }
+  size_t block_bytes(int cap) const { return granule_bytes() * (cap / kClassStep); }
+
+  // Byte offset of one element inside its block. `channel` counts in pair order: 2 * pair + (0 first, 1 second) for K,
+  // the model's own channel for V.
+  size_t offset(Kind kind, int head, int token, int channel, int cap) const {
+    const size_t t = token;
+    const size_t c = channel;
+    size_t element = 0;
+    if (kind == Kind::kK) {
+      element = codec == Codec::kBf16 ? (c / 2 * cap + t) * 2 + c % 2 : c * cap + t;
+    } else {
+      element = codec == Codec::kBf16 ? (t / 2 * head_dim + c) * 2 + t % 2 : t * head_dim + c;
+    }
+    return head_offset(head, cap) + element * ElementBytes(codec);
+  }
+};
+
+constexpr int ClassCapacity(int tokens) { return RoundUp(tokens, kClassStep); }
+
+}  // namespace jointkv::codec

@@ -1,0 +1,270 @@
+#include "dense/linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "base/checked.h"
+#include "base/cpu.h"
+#include "dense/ops.h"
+#include "ggml-cpu.h"
+#include "gguf/dequantize.h"
+
+namespace jointkv::dense {
+namespace {
+
+// Rows of x that one task multiplies with one panel: their bf16 form and the panel fit the second-level cache together.
+constexpr int kRowBlock = 192;
+
+const ggml_type_traits_cpu& CpuTraits(ggml_type type) {
+  static const bool ready = [] {
+    ggml_cpu_init();
+    return true;
+  }();
+  CHECK(ready);
+  return *ggml_get_type_traits_cpu(type);
+}
+
+bool HasQuantisedDot(ggml_type type) {
+  const ggml_type_traits_cpu& traits = CpuTraits(type);
+  return traits.vec_dot != nullptr && (traits.vec_dot_type == GGML_TYPE_F32 || CpuTraits(traits.vec_dot_type).from_float != nullptr);
+}
+
+}  // namespace
+
+Precision NativePrecision() { return HasAvx512Bf16() ? Precision::kBf16 : Precision::kF32; }
+
+void LinearScratch::Reserve(int threads, int max_quantised_rows, int max_inner, bool lean) {
+  // No activation type of ggml takes more bytes than f32.
+  max_quantised_rows_ = max_quantised_rows;
+  quantised_.resize(static_cast<size_t>(max_quantised_rows) * (static_cast<size_t>(max_inner) * sizeof(float) + 64));
+  unpacked_.resize(threads);
+  panel_.resize(threads);
+  gated_.resize(threads);
+  for (int t = 0; t < threads; ++t) {
+    gated_[t].resize(static_cast<size_t>(2) * kRowBlock * kPanel);
+    if (!lean) continue;
+    unpacked_[t].resize(static_cast<size_t>(kPanel) * max_inner);
+    panel_[t].resize(static_cast<size_t>(2 * kPanel) * max_inner);  // gate and value at once
+  }
+}
+
+Expected<Linear> Linear::Create(std::span<const gguf::Tensor* const> parts, std::span<const gguf::Tensor* const> biases,
+                                const LinearOptions& options, ThreadPool& pool) {
+  CHECK(!parts.empty() && (biases.empty() || biases.size() == parts.size()));
+  Linear linear;
+  linear.options_ = options;
+  linear.in_ = static_cast<int>(parts[0]->ne[0]);
+  if (options.precision == Precision::kBf16 && linear.in_ % 2 != 0) {
+    return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': " + std::to_string(linear.in_) + " inputs: bf16 needs an even number");
+  }
+  bool any_bias = false;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const gguf::Tensor& tensor = *parts[i];
+    CHECK(tensor.ne[0] == linear.in_ && tensor.ne[2] == 1 && tensor.ne[3] == 1);
+    const int outputs = static_cast<int>(tensor.ne[1]);
+    linear.parts_.push_back({&tensor, linear.out_, static_cast<int>(linear.panels_.size()), outputs});
+    for (int row = 0; row < outputs; row += kPanel) {
+      linear.panels_.push_back({static_cast<int>(i), row, std::min(kPanel, outputs - row), linear.out_ + row});
+    }
+    linear.out_ += outputs;
+    linear.has_quantised_ = linear.has_quantised_ && HasQuantisedDot(tensor.type);
+    any_bias = any_bias || (!biases.empty() && biases[i] != nullptr);
+  }
+  if (any_bias) {
+    linear.bias_.assign(linear.panels_.size() * kPanel, 0.0f);
+    std::vector<float> values;
+    for (size_t p = 0; p < linear.panels_.size(); ++p) {
+      const Panel& panel = linear.panels_[p];
+      const gguf::Tensor* bias = biases[panel.part];
+      if (bias == nullptr) continue;
+      values.resize(bias->ne[0]);
+      RETURN_IF_ERROR(gguf::Dequantize(*bias, 0, 1, values.data()));
+      std::copy_n(values.begin() + panel.row, panel.cols, linear.bias_.begin() + static_cast<ptrdiff_t>(p) * kPanel);
+    }
+  }
+  const size_t element = options.precision == Precision::kBf16 ? 2 : 4;
+  linear.panel_bytes_ = RoundUp<size_t>(static_cast<size_t>(linear.in_) * kPanel * element, 64);
+  if (options.memory == WeightsMemory::kPacked) {
+    const size_t bytes = linear.panel_bytes_ * linear.panels_.size();
+    linear.packed_ = HugeBuffer(bytes);
+    std::vector<std::vector<float>> rows(pool.size(), std::vector<float>(static_cast<size_t>(kPanel) * linear.in_));
+    pool.ParallelFor(static_cast<int>(linear.panels_.size()), [&](int panel, int thread) {
+      linear.UnpackPanel(panel, rows[thread].data(), linear.packed_.data() + panel * linear.panel_bytes_);
+    });
+  }
+  return linear;
+}
+
+void Linear::UnpackPanel(int index, float* rows, void* out) const {
+  const Panel& panel = panels_[index];
+  const Status status = gguf::Dequantize(*parts_[panel.part].tensor, panel.row, panel.cols, rows);
+  CHECK(status.ok());
+  if (options_.precision == Precision::kBf16) {
+    PackPanelBf16(rows, panel.cols, in_, static_cast<uint16_t*>(out));
+  } else {
+    PackPanelF32(rows, panel.cols, in_, static_cast<float*>(out));
+  }
+}
+
+// `slot` (0 or 1): which half of the thread's lean scratch to use.
+const void* Linear::PanelData(int panel, int slot, LinearScratch& scratch, int thread) const {
+  if (options_.memory == WeightsMemory::kPacked) return packed_.data() + panel * panel_bytes_;
+  float* target = scratch.panel_[thread].data() + static_cast<size_t>(slot) * kPanel * in_;
+  UnpackPanel(panel, scratch.unpacked_[thread].data(), target);
+  return target;
+}
+
+void Linear::ProductOfPanel(int index, const void* data, const Activations& x, int first_row, int rows, float* c, ptrdiff_t ldc,
+                            bool accumulate) const {
+  const Panel& panel = panels_[index];
+  PanelArgs args;
+  args.lda = in_;
+  args.rows = rows;
+  args.k = in_;
+  args.panel = data;
+  args.c = c;
+  args.ldc = ldc;
+  args.cols = panel.cols;
+  args.bias = bias_.empty() ? nullptr : bias_.data() + static_cast<ptrdiff_t>(index) * kPanel;
+  args.accumulate = accumulate;
+  if (options_.precision == Precision::kBf16) {
+    args.a = x.bf16(first_row);
+    if (options_.memory == WeightsMemory::kPacked && index + 1 < static_cast<int>(panels_.size())) {
+      args.next_panel = packed_.data() + (index + 1) * panel_bytes_;
+    }
+    PanelProductBf16(args);
+  } else {
+    args.a = x.f32(first_row);
+    PanelProductF32(args);
+  }
+}
+
+void Linear::Forward(ThreadPool& pool, LinearScratch& scratch, const Activations& x, int quantised_rows, float* y,
+                     bool accumulate) const {
+  CHECK(x.cols == in_);
+  if (x.precision == Precision::kF32 && x.rows <= quantised_rows) {
+    ForwardQuantised(pool, scratch, x, y, accumulate, nullptr, Gate::kSilu);
+    return;
+  }
+  CHECK(x.precision == options_.precision);
+  const int n_panels = static_cast<int>(panels_.size());
+  const int row_blocks = CeilDiv(x.rows, kRowBlock);
+  if (options_.memory == WeightsMemory::kLean || row_blocks == 1) {
+    // Few rows: runs of panels, long enough to be worth handing out.
+    const int run = options_.memory == WeightsMemory::kLean ? 1 : std::clamp(n_panels / (pool.size() * 6), 1, 16);
+    pool.ParallelFor(CeilDiv(n_panels, run), [&](int task, int thread) {
+      for (int panel = task * run; panel < std::min(n_panels, (task + 1) * run); ++panel) {
+        const void* data = PanelData(panel, 0, scratch, thread);
+        ProductOfPanel(panel, data, x, 0, x.rows, y + panels_[panel].first_output, out_, accumulate);
+      }
+    });
+    return;
+  }
+  pool.ParallelFor(n_panels * row_blocks, [&](int task, int thread) {
+    const int panel = task % n_panels;
+    const int first = task / n_panels * kRowBlock;
+    const int rows = std::min(kRowBlock, x.rows - first);
+    const void* data = PanelData(panel, 0, scratch, thread);
+    ProductOfPanel(panel, data, x, first, rows, y + static_cast<ptrdiff_t>(first) * out_ + panels_[panel].first_output, out_, accumulate);
+  });
+}
+
+void Linear::ForwardGated(ThreadPool& pool, LinearScratch& scratch, const Activations& x, int quantised_rows, Gate gate,
+                          const Activations& y) const {
+  CHECK(x.cols == in_ && y.cols * 2 == out_ && y.rows == x.rows && parts_.size() == 2);
+  if (x.precision == Precision::kF32 && x.rows <= quantised_rows) {
+    ForwardQuantised(pool, scratch, x, nullptr, false, &y, gate);
+    return;
+  }
+  CHECK(x.precision == options_.precision);
+  const int n_panels = static_cast<int>(panels_.size()) / 2;
+  const int row_blocks = CeilDiv(x.rows, kRowBlock);
+  // In lean mode a panel is unpacked once for all row blocks.
+  const bool lean = options_.memory == WeightsMemory::kLean;
+  pool.ParallelFor(lean ? n_panels : n_panels * row_blocks, [&](int task, int thread) {
+    const int panel = task % n_panels;
+    const void* gate_data = PanelData(panel, 0, scratch, thread);
+    const void* value_data = PanelData(n_panels + panel, 1, scratch, thread);
+    const int cols = panels_[panel].cols;
+    const int column = panels_[panel].first_output;
+    float* g = scratch.gated_[thread].data();
+    float* u = g + static_cast<ptrdiff_t>(kRowBlock) * kPanel;
+    for (int block = task / n_panels; block < row_blocks; block += lean ? 1 : row_blocks) {
+      const int first = block * kRowBlock;
+      const int rows = std::min(kRowBlock, x.rows - first);
+      ProductOfPanel(panel, gate_data, x, first, rows, g, kPanel, false);
+      ProductOfPanel(n_panels + panel, value_data, x, first, rows, u, kPanel, false);
+      GatedProduct(gate, g, u, kPanel, rows, cols, y, first, column);
+    }
+  });
+}
+
+void Linear::ForwardQuantised(ThreadPool& pool, LinearScratch& scratch, const Activations& x, float* y, bool accumulate,
+                              const Activations* gated, Gate gate) const {
+  CHECK(x.rows <= scratch.max_quantised_rows_);
+  // Parts may differ in type, so each keeps its own copy of the activations; parts of one type share it.
+  constexpr int kPartsMax = 4;
+  CHECK(parts_.size() <= kPartsMax);
+  const std::byte* quantised[kPartsMax] = {};
+  size_t row_bytes[kPartsMax] = {};
+  size_t used = 0;
+  for (size_t p = 0; p < parts_.size(); ++p) {
+    const ggml_type type = CpuTraits(parts_[p].tensor->type).vec_dot_type;
+    row_bytes[p] = ggml_row_size(type, in_);
+    for (size_t q = 0; q < p; ++q) {
+      if (CpuTraits(parts_[q].tensor->type).vec_dot_type == type) quantised[p] = quantised[q];
+    }
+    if (quantised[p] != nullptr) continue;
+    if (type == GGML_TYPE_F32) {
+      quantised[p] = static_cast<const std::byte*>(x.data);
+      continue;
+    }
+    const size_t bytes = RoundUp<size_t>(row_bytes[p] * x.rows, 64);
+    if (used + bytes > scratch.quantised_.size()) scratch.quantised_.resize(used + bytes);
+    std::byte* target = scratch.quantised_.data() + used;
+    for (int row = 0; row < x.rows; ++row) CpuTraits(type).from_float(x.f32(row), target + row * row_bytes[p], in_);
+    quantised[p] = target;
+    used += bytes;
+  }
+  const auto dot = [&](int part, int row, int x_row) {
+    const gguf::Tensor& tensor = *parts_[part].tensor;
+    float sum = 0;
+    CpuTraits(tensor.type)
+        .vec_dot(in_, &sum, 0, tensor.data + static_cast<size_t>(row) * ggml_row_size(tensor.type, in_), 0,
+                 quantised[part] + x_row * row_bytes[part], 0, 1);
+    return sum;
+  };
+  const auto bias = [&](int part, int row) {
+    return bias_.empty() ? 0.0f : bias_[static_cast<size_t>(parts_[part].first_panel + row / kPanel) * kPanel + row % kPanel];
+  };
+  constexpr int kRunMax = 512;
+  const int outputs = gated == nullptr ? out_ : out_ / 2;
+  const int run = std::clamp(outputs / (pool.size() * 6), 16, kRunMax);
+  pool.ParallelFor(CeilDiv(outputs, run), [&](int task, int) {
+    const int begin = task * run;
+    const int end = std::min(outputs, begin + run);
+    for (int x_row = 0; x_row < x.rows; ++x_row) {
+      if (gated != nullptr) {
+        float g[kRunMax];
+        float u[kRunMax];
+        for (int output = begin; output < end; ++output) {
+          g[output - begin] = dot(0, output, x_row) + bias(0, output);
+          u[output - begin] = dot(1, output, x_row) + bias(1, output);
+        }
+        GatedProduct(gate, g, u, 0, 1, end - begin, *gated, x_row, begin);
+        continue;
+      }
+      int part = 0;
+      for (int output = begin; output < end; ++output) {
+        while (output >= parts_[part].first_output + parts_[part].outputs) ++part;
+        const int row = output - parts_[part].first_output;
+        const float value = dot(part, row, x_row) + bias(part, row);
+        float& target = y[static_cast<ptrdiff_t>(x_row) * out_ + output];
+        target = accumulate ? target + value : value;
+      }
+    }
+  });
+}
+
+}  // namespace jointkv::dense

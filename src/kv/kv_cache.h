@@ -1,0 +1,165 @@
+// KvCache: the block store. Sequences with block tables over one arena, shared by reference counts.
+//
+// See kv/README.md for the contract (concepts, ownership, invariants). In short:
+//   logical block   a run of <= 32 tokens of one sequence, cut by content; open while it grows, then sealed
+//   physical block  K or V of one layer for those tokens; reference counted
+//   block table     per sequence: [layer][K or V][logical index] -> physical block
+//
+// A step is: Append (reserves room, all or nothing) -> the forward pass writes K and V of the new tokens -> Commit.
+//
+// Threads: one (the engine's). While a forward pass runs, other threads may read tables and blocks and write the slots
+// that Append reserved. Owns: the arena, the tables, the prefix index.
+// Fails how: Append returns false when there is no room, and no sequence has changed. Fork takes no room.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/ids.h"
+#include "base/status.h"
+#include "kv/arena.h"
+#include "kv/cutter.h"
+#include "kv/prefix_index.h"
+
+namespace jointkv::kv {
+
+using codec::Kind;
+
+struct KvShape {
+  codec::BlockLayout layout;
+  std::vector<int> window;  // per layer: how many tokens a query may look back, itself included; 0: all
+
+  int n_layers() const { return static_cast<int>(window.size()); }
+  int n_tables() const { return 2 * n_layers(); }  // one per layer and kind
+  // Bytes of one token as private 16-bit K and V in all layers: the yardstick of compression.
+  size_t logical_token_bytes() const {
+    return static_cast<size_t>(n_tables()) * layout.n_kv_heads * layout.head_dim * 2;
+  }
+};
+
+constexpr int TableIndex(int layer, Kind kind) { return 2 * layer + static_cast<int>(kind); }
+
+// One row of every block table of a sequence.
+struct LogicalBlock {
+  int start = 0;          // position of its first token: the base that its keys' rotation counts from
+  uint8_t tokens = 0;     // filled (appended) tokens
+  uint8_t cap = 0;        // size class of its physical blocks, in tokens
+  bool complete = false;  // its content says that it ends here
+  bool sealed = false;    // complete and committed: never changes again
+};
+
+struct KvStats {
+  size_t capacity_bytes = 0;
+  size_t held_bytes = 0;      // slabs in use: what the operating system and the cap see
+  size_t used_bytes = 0;      // blocks inside them
+  size_t running_bytes = 0;   // blocks that a sequence refers to
+  size_t metadata_bytes = 0;  // tables, counts and index
+  size_t logical_bytes = 0;   // resident tokens of sequences as private 16-bit K and V
+  int64_t prefix_hit_tokens = 0;
+  int64_t prefix_query_tokens = 0;
+  int64_t evicted_blocks = 0;  // logical
+  int64_t copies_on_write = 0;
+};
+
+class KvCache {
+ public:
+  struct Options {
+    size_t cap_bytes = 0;
+    bool prefix_cache = true;
+  };
+
+  static Expected<std::unique_ptr<KvCache>> Create(KvShape shape, BlockCutter cutter, Options options);
+  ~KvCache();
+
+  // An empty sequence whose tables have room for `max_tokens` tokens without another heap allocation.
+  SequenceId Create(DomainId domain, int max_tokens);
+  // Drops the sequence and its references. Its sealed blocks may live on in the prefix index.
+  void Free(SequenceId sequence);
+
+  // Lets an empty sequence start with the longest known prefix of `tokens` (less the last token, whose logits the
+  // caller needs), never from another domain. Returns how many tokens are now in the sequence.
+  int AdoptPrefix(SequenceId sequence, std::span<const TokenId> tokens);
+
+  // Reserves slots for `tokens` after the sequence's present end, evicting unused prefix blocks when it must. Shared
+  // open blocks are copied first. False, and nothing changed but evictions, when there is no room; no evictions either
+  // where the running sequences alone leave too little.
+  bool Append(SequenceId sequence, std::span<const TokenId> tokens);
+  // All appended tokens have their K and V in place: seals complete blocks, publishes them in the prefix index, and
+  // gives back what sliding-window layers can no longer see.
+  void Commit(SequenceId sequence);
+
+  // A sequence with the same tokens that shares every block. Requires a committed source.
+  SequenceId Fork(SequenceId sequence, int max_tokens);
+
+  // Whether a new sequence of `tokens` tokens should fit beside what the running sequences refer to (everything else
+  // can be evicted) with `reserve_bytes` to spare. An estimate: the content decides how blocks fall into size classes.
+  bool HasRoomFor(int tokens, size_t reserve_bytes) const;
+  // Least bytes that `tokens` tokens can take: a request beyond the capacity can never run.
+  size_t MinimumBytes(int tokens) const;
+
+  // Views for kernels. Valid until the next change of the sequence.
+  std::span<const LogicalBlock> blocks(SequenceId sequence) const;
+  const BlockId* table(SequenceId sequence, int layer,
+                       Kind kind) const;  // by logical index; invalid id: left the window
+  std::byte* data(BlockId block) const { return arena_->data(block); }
+  std::span<const TokenId> tokens(SequenceId sequence) const;
+  int length(SequenceId sequence) const { return static_cast<int>(tokens(sequence).size()); }
+  int sharers(BlockId block) const { return refs_[block.index()]; }
+
+  const KvShape& shape() const { return shape_; }
+  const BlockCutter& cutter() const { return cutter_; }
+  KvStats stats() const;
+  // Drops every block that no sequence uses.
+  void DropPrefixCache();
+  // Recomputes every count from the tables and CHECKs the accounting. Slow: tests and debug builds.
+  void CheckIntegrity() const;
+
+ private:
+  struct Sequence;
+  struct Recount;
+
+  KvCache(KvShape shape, BlockCutter cutter, Options options, std::unique_ptr<Arena> arena);
+  Sequence& Get(SequenceId id) const;
+  BlockId* Row(Sequence& s, int table) const;
+  void ReserveTables(Sequence& s, int max_blocks) const;
+  void PushBlock(Sequence& s, int start, int cap);
+  void Ref(BlockId block);
+  void Unref(BlockId block, int cap);
+  void ReleaseRow(Sequence& s, int index);
+  bool MakeRoom(std::span<const int, codec::kClasses> needed);
+  bool EvictOne();
+  bool StripOne();
+  void CopyOpenBlock(Sequence& s);
+  void SealBlock(Sequence& s, int index);
+  void MoveToClass(Sequence& s, int index);
+  void Publish(Sequence& s, int index);
+  void TakeKnown(Sequence& s, int index, EntryId entry);
+  void QueueForStrip(EntryId id);
+  void ReleaseWindow(Sequence& s);
+  int FirstVisible(int layer, int next_position) const;
+  void Count(Recount& recount, BlockId block, int cap, DomainId domain, bool from_index) const;
+  void CheckSequence(const Sequence& s, Recount& recount) const;
+
+  KvShape shape_;
+  BlockCutter cutter_;
+  Options options_;
+  std::unique_ptr<Arena> arena_;
+  std::unique_ptr<int32_t[], void (*)(void*)> refs_;        // by BlockId; owners: tables and index entries
+  std::unique_ptr<int32_t[], void (*)(void*)> index_refs_;  // of those, how many are index entries
+  PrefixIndex index_;
+  std::deque<EntryId> strippable_;  // entries with window blocks that perhaps no sequence refers to any more
+  std::vector<BlockId> publish_scratch_;
+  std::vector<std::unique_ptr<Sequence>> sequences_;
+  std::vector<int> free_sequences_;
+  size_t running_bytes_ = 0;
+  size_t logical_tokens_ = 0;
+  int64_t prefix_hit_tokens_ = 0;
+  int64_t prefix_query_tokens_ = 0;
+  int64_t evicted_blocks_ = 0;
+  int64_t copies_on_write_ = 0;
+  int widest_window_ = 0;  // 0: no layer has one
+};
+
+}  // namespace jointkv::kv

@@ -1,0 +1,135 @@
+#include "kv/prefix_index.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "base/hash.h"
+
+namespace jointkv::kv {
+namespace {
+
+size_t EntryBytes(const PrefixEntry& entry) {
+  return sizeof(PrefixEntry) + entry.tokens.capacity() * sizeof(TokenId) + entry.blocks.capacity() * sizeof(BlockId) +
+         2 * sizeof(uint64_t);
+}
+
+}  // namespace
+
+uint64_t PrefixIndex::Hash(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const {
+  const int32_t head[2] = {domain.value, parent.value};
+  return HashSpan(tokens, HashSpan(std::span<const int32_t>(head), key_)) & hash_mask_;
+}
+
+EntryId PrefixIndex::Find(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const {
+  const auto found = buckets_.find(Hash(domain, parent, tokens));
+  if (found == buckets_.end()) return EntryId();
+  for (EntryId id = found->second; id.valid(); id = (*this)[id].next_in_bucket) {
+    const PrefixEntry& entry = (*this)[id];
+    if (entry.domain == domain && entry.parent == parent && std::ranges::equal(entry.tokens, tokens)) return id;
+  }
+  return EntryId();
+}
+
+EntryId PrefixIndex::Insert(DomainId domain, EntryId parent, std::span<const TokenId> tokens,
+                            std::span<const BlockId> blocks, int cap) {
+  EntryId id;
+  if (free_.empty()) {
+    id = EntryId(static_cast<int32_t>(entries_.size()));
+    entries_.emplace_back();
+  } else {
+    id = free_.back();
+    free_.pop_back();
+  }
+  PrefixEntry& entry = (*this)[id];
+  entry = PrefixEntry();
+  entry.domain = domain;
+  entry.parent = parent;
+  entry.hash = Hash(domain, parent, tokens);
+  entry.tokens.assign(tokens.begin(), tokens.end());
+  entry.blocks.assign(blocks.begin(), blocks.end());
+  entry.cap = static_cast<uint8_t>(cap);
+  entry.stripped = !std::ranges::all_of(blocks, [](BlockId block) { return block.valid(); });
+  auto [bucket, inserted] = buckets_.try_emplace(entry.hash, id);
+  if (!inserted) {
+    entry.next_in_bucket = bucket->second;
+    bucket->second = id;
+  }
+  if (parent.valid()) ++(*this)[parent].children;
+  metadata_bytes_ += EntryBytes(entry);
+  entry.users = 1;
+  return id;
+}
+
+void PrefixIndex::Remove(EntryId id) {
+  PrefixEntry& entry = (*this)[id];
+  CHECK(entry.children == 0 && entry.users == 0);
+  const auto bucket = buckets_.find(entry.hash);
+  CHECK(bucket != buckets_.end());
+  if (bucket->second == id) {
+    if (entry.next_in_bucket.valid()) {
+      bucket->second = entry.next_in_bucket;
+    } else {
+      buckets_.erase(bucket);
+    }
+  } else {
+    EntryId before = bucket->second;
+    while ((*this)[before].next_in_bucket != id) before = (*this)[before].next_in_bucket;
+    (*this)[before].next_in_bucket = entry.next_in_bucket;
+  }
+  if (entry.parent.valid()) --(*this)[entry.parent].children;
+  metadata_bytes_ -= EntryBytes(entry);
+  Unlink(id);
+  entry = PrefixEntry();
+  free_.push_back(id);
+}
+
+void PrefixIndex::AddUser(EntryId id) {
+  if ((*this)[id].users++ == 0) Unlink(id);
+}
+
+void PrefixIndex::DropUser(EntryId id) {
+  CHECK((*this)[id].users > 0);
+  if (--(*this)[id].users == 0) LinkNewest(id);
+}
+
+void PrefixIndex::Unlink(EntryId id) {
+  PrefixEntry& entry = (*this)[id];
+  (entry.older.valid() ? (*this)[entry.older].newer : oldest_) = entry.newer;
+  (entry.newer.valid() ? (*this)[entry.newer].older : newest_) = entry.older;
+  entry.older = entry.newer = EntryId();
+}
+
+void PrefixIndex::CheckIntegrity() const {
+  std::vector<int> children(entries_.size());
+  size_t unused = 0;
+  size_t bytes = 0;
+  ForEach([&](EntryId id, const PrefixEntry& entry) {
+    CHECK(Find(entry.domain, entry.parent, entry.tokens) == id);
+    if (entry.parent.valid()) {
+      const PrefixEntry& parent = (*this)[entry.parent];
+      CHECK(!parent.tokens.empty() && parent.domain == entry.domain && parent.users >= entry.users);
+      ++children[entry.parent.index()];
+    }
+    unused += entry.users == 0;
+    bytes += EntryBytes(entry);
+  });
+  ForEach([&](EntryId id, const PrefixEntry& entry) { CHECK(entry.children == children[id.index()]); });
+  EntryId before;
+  for (EntryId id = oldest_; id.valid(); id = (*this)[id].newer) {
+    const PrefixEntry& entry = (*this)[id];
+    CHECK(entry.users == 0 && entry.older == before && children[id.index()] == 0);
+    if (entry.parent.valid()) --children[entry.parent.index()];
+    before = id;
+    --unused;
+  }
+  CHECK(before == newest_ && unused == 0 && bytes == metadata_bytes_);
+}
+
+void PrefixIndex::LinkNewest(EntryId id) {
+  PrefixEntry& entry = (*this)[id];
+  entry.older = newest_;
+  (newest_.valid() ? (*this)[newest_].newer : oldest_) = id;
+  newest_ = id;
+}
+
+}  // namespace jointkv::kv

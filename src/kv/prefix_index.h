@@ -1,0 +1,88 @@
+// PrefixIndex: sealed logical blocks by content, a tree of hash chains.
+//
+// An entry is one logical block after one particular chain of blocks in one fusion domain. It is found by a keyed hash
+// of (domain, parent, tokens) and verified token by token, so a hit is never a guess.
+//
+// Entries that no sequence uses stand in a queue in order of last use, each behind its children, so the front of the
+// queue is always a leaf and eviction takes it in constant time.
+//
+// Threads: one. Owns: its entries' tokens and block ids; the references behind the ids are the store's business.
+// Fails how: Find returns no entry.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "base/ids.h"
+
+namespace jointkv::kv {
+
+using EntryId = Id<struct EntryTag>;
+
+struct PrefixEntry {
+  DomainId domain;
+  EntryId parent;  // invalid: the block starts its sequence
+  uint64_t hash = 0;
+  std::vector<TokenId> tokens;
+  std::vector<BlockId> blocks;  // by TableIndex; invalid: stripped (a window layer's block given back)
+  uint8_t cap = 0;
+  bool stripped = false;
+  bool queued_for_strip = false;
+  int children = 0;  // entries whose parent this is
+  int users = 0;     // sequences whose chain holds this entry
+  EntryId older;     // neighbours in the queue of unused entries
+  EntryId newer;
+  EntryId next_in_bucket;
+};
+
+class PrefixIndex {
+ public:
+  // hash_mask narrows the hash, so that tests can make entries collide.
+  explicit PrefixIndex(uint64_t key, uint64_t hash_mask = ~uint64_t{0}) : key_(key), hash_mask_(hash_mask) {}
+
+  EntryId Find(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const;
+  // Adds an entry with one user. It must not exist yet.
+  EntryId Insert(DomainId domain, EntryId parent, std::span<const TokenId> tokens, std::span<const BlockId> blocks,
+                 int cap);
+  // Removes an entry without children and users.
+  void Remove(EntryId id);
+
+  // A sequence uses a chain from its start on, and drops it from its end on.
+  void AddUser(EntryId id);
+  void DropUser(EntryId id);
+
+  // The least recently used entry without users, always a leaf; invalid when every entry is in use.
+  EntryId oldest_unused() const { return oldest_; }
+
+  PrefixEntry& operator[](EntryId id) { return entries_[id.index()]; }
+  const PrefixEntry& operator[](EntryId id) const { return entries_[id.index()]; }
+  size_t size() const { return entries_.size() - free_.size(); }
+  size_t capacity() const { return entries_.size(); }  // ids are below it
+  size_t metadata_bytes() const { return metadata_bytes_; }
+  // CHECKs that each entry can be found, child counts, and that the queue holds the unused, children before parents.
+  void CheckIntegrity() const;
+  template <typename F>
+  void ForEach(F&& f) const {
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (!entries_[i].tokens.empty()) f(EntryId(static_cast<int32_t>(i)), entries_[i]);
+    }
+  }
+
+ private:
+  uint64_t Hash(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const;
+  void Unlink(EntryId id);
+  void LinkNewest(EntryId id);
+
+  uint64_t key_;
+  uint64_t hash_mask_;
+  std::vector<PrefixEntry> entries_;
+  std::vector<EntryId> free_;
+  std::unordered_map<uint64_t, EntryId> buckets_;
+  EntryId oldest_;
+  EntryId newest_;
+  size_t metadata_bytes_ = 0;
+};
+
+}  // namespace jointkv::kv
