@@ -152,11 +152,15 @@ def add_hyperparameters(args, writer, n_vocab):
 
 
 def random_model(args):
-    reader = gguf.GGUFReader(args.donor)
-    n_vocab = len(reader.fields["tokenizer.ggml.tokens"].data)
     output = Output(args.out, args.arch)
+    if args.vocab_size:
+        n_vocab = args.vocab_size
+        output.writer.add_tokenizer_model("none")
+    else:
+        reader = gguf.GGUFReader(args.donor)
+        n_vocab = len(reader.fields["tokenizer.ggml.tokens"].data)
+        copy_fields(reader, output.writer, lambda name: name.startswith("tokenizer."))
     add_hyperparameters(args, output.writer, n_vocab)
-    copy_fields(reader, output.writer, lambda name: name.startswith("tokenizer."))
 
     infos, arrays = [], []
     wanted = gguf.GGMLQuantizationType[args.type.upper()]
@@ -210,6 +214,7 @@ def main():
     r.add_argument("--arch", choices=ARCHITECTURES, required=True)
     r.add_argument("--out", required=True)
     r.add_argument("--donor", default=default_donor(), help="GGUF file whose tokenizer and vocabulary are taken")
+    r.add_argument("--vocab-size", type=positive, help="this many tokens without texts, and no donor")
     r.add_argument("--seed", type=int, default=1)
     r.add_argument("--layers", type=positive, default=2)
     r.add_argument("--d-model", type=positive, default=64)

@@ -206,26 +206,29 @@ void Linear::ForwardQuantised(ThreadPool& pool, LinearScratch& scratch, const Ac
   // Parts may differ in type, so each keeps its own copy of the activations; parts of one type share it.
   constexpr int kPartsMax = 4;
   CHECK(parts_.size() <= kPartsMax);
-  const std::byte* quantised[kPartsMax] = {};
+  size_t offset[kPartsMax] = {};
   size_t row_bytes[kPartsMax] = {};
-  size_t used = 0;
+  int source[kPartsMax] = {};  // the first part of the same type
+  size_t bytes = 0;
+  const auto type_of = [&](size_t part) { return CpuTraits(parts_[part].tensor->type).vec_dot_type; };
   for (size_t p = 0; p < parts_.size(); ++p) {
-    const ggml_type type = CpuTraits(parts_[p].tensor->type).vec_dot_type;
-    row_bytes[p] = ggml_row_size(type, in_);
-    for (size_t q = 0; q < p; ++q) {
-      if (CpuTraits(parts_[q].tensor->type).vec_dot_type == type) quantised[p] = quantised[q];
-    }
-    if (quantised[p] != nullptr) continue;
-    if (type == GGML_TYPE_F32) {
+    row_bytes[p] = ggml_row_size(type_of(p), in_);
+    while (type_of(source[p]) != type_of(p)) ++source[p];
+    offset[p] = bytes;
+    if (source[p] == static_cast<int>(p)) bytes += RoundUp<size_t>(row_bytes[p] * x.rows, 64);
+  }
+  if (bytes > scratch.quantised_.size()) scratch.quantised_.resize(bytes);
+  const std::byte* quantised[kPartsMax] = {};
+  for (size_t p = 0; p < parts_.size(); ++p) {
+    if (source[p] != static_cast<int>(p)) {
+      quantised[p] = quantised[source[p]];
+    } else if (type_of(p) == GGML_TYPE_F32) {
       quantised[p] = static_cast<const std::byte*>(x.data);
-      continue;
+    } else {
+      std::byte* target = scratch.quantised_.data() + offset[p];
+      for (int row = 0; row < x.rows; ++row) CpuTraits(type_of(p)).from_float(x.f32(row), target + row * row_bytes[p], in_);
+      quantised[p] = target;
     }
-    const size_t bytes = RoundUp<size_t>(row_bytes[p] * x.rows, 64);
-    if (used + bytes > scratch.quantised_.size()) scratch.quantised_.resize(used + bytes);
-    std::byte* target = scratch.quantised_.data() + used;
-    for (int row = 0; row < x.rows; ++row) CpuTraits(type).from_float(x.f32(row), target + row * row_bytes[p], in_);
-    quantised[p] = target;
-    used += bytes;
   }
   const auto dot = [&](int part, int row, int x_row) {
     const gguf::Tensor& tensor = *parts_[part].tensor;

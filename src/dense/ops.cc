@@ -72,6 +72,8 @@ HWY_INLINE hn::Vec<D> Activate(D d, Gate gate, hn::Vec<D> g) {
     const auto cubic = hn::MulAdd(hn::Mul(hn::Mul(g, g), g), hn::Set(d, 0.044715f), g);
     exponent = hn::Mul(cubic, hn::Set(d, -1.5957691216057308f));  // -2 sqrt(2/pi)
   }
+  // Highway's Exp is defined up to 104 only; past 88 the result is zero but for denormals.
+  exponent = hn::Min(exponent, hn::Set(d, 88.0f));
   return hn::Div(g, hn::Add(hn::Set(d, 1.0f), hn::Exp(d, exponent)));
 }
 

@@ -2,43 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "dense/test_matrices.h"
+#include "dense/test_rope.h"
 
 namespace jointkv::dense {
 namespace {
-
-struct Angle {
-  double cos = 0;
-  double sin = 0;
-};
-
-// One element of the cache that ggml's rope operator builds, as its CPU code computes it, in double.
-Angle GgmlAngle(const gguf::Rope& rope, const std::vector<float>& freq_factors, int pair, int position) {
-  const double theta_scale = std::pow(static_cast<double>(rope.freq_base), -2.0 / rope.n_rot);
-  double theta_extrap = position;
-  for (int i = 0; i < pair; ++i) theta_extrap *= theta_scale;
-  if (!freq_factors.empty()) theta_extrap /= freq_factors[pair];
-  const double theta_interp = rope.freq_scale * theta_extrap;
-  double theta = theta_interp;
-  double magnitude = rope.attn_factor;
-  if (rope.ext_factor != 0) {
-    const auto corr_dim = [&](double turns) {
-      return rope.n_rot * std::log(rope.n_ctx_orig / (turns * 2 * std::numbers::pi)) / (2 * std::log(static_cast<double>(rope.freq_base)));
-    };
-    const double start = std::max(0.0, std::floor(corr_dim(rope.beta_fast)));
-    const double end = std::min(rope.n_rot - 1.0, std::ceil(corr_dim(rope.beta_slow)));
-    const double y = (pair - start) / std::max(0.001, end - start);
-    const double ramp = (1 - std::min(1.0, std::max(0.0, y))) * rope.ext_factor;
-    theta = theta_interp * (1 - ramp) + theta_extrap * ramp;
-    magnitude *= 1 + 0.1 * std::log(1 / static_cast<double>(rope.freq_scale));
-  }
-  return {std::cos(theta) * magnitude, std::sin(theta) * magnitude};
-}
 
 struct RopeCase {
   gguf::Rope rope;
@@ -75,12 +47,13 @@ TEST(RopeTest, TableIsGgmlsFormula) {
     RopeTable table(c.rope, c.freq_factors);
     ASSERT_EQ(table.n_pairs(), c.rope.n_rot / 2);
     table.Ensure(20001);
-    const double tolerance = c.rope.magnitude() * (2 * kF32Unit) + 1e-9;
+    const PlainRope plain{c.rope, c.freq_factors};
+    const double tolerance = plain.Magnitude() * (2 * kF32Unit) + 1e-9;
     for (const int position : {0, 1, 2, 31, 32, 511, 512, 1000, 4095, 20000}) {
       for (int pair = 0; pair < table.n_pairs(); ++pair) {
-        const Angle angle = GgmlAngle(c.rope, c.freq_factors, pair, position);
-        ASSERT_NEAR(table.cos(position)[pair], angle.cos, tolerance) << "pair " << pair << " position " << position;
-        ASSERT_NEAR(table.sin(position)[pair], angle.sin, tolerance) << "pair " << pair << " position " << position;
+        const double theta = plain.Theta(pair, position);
+        ASSERT_NEAR(table.cos(position)[pair], std::cos(theta) * plain.Magnitude(), tolerance) << "pair " << pair << " position " << position;
+        ASSERT_NEAR(table.sin(position)[pair], std::sin(theta) * plain.Magnitude(), tolerance) << "pair " << pair << " position " << position;
       }
     }
   }

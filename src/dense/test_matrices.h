@@ -11,6 +11,7 @@
 #include <gtest/gtest.h>
 
 #include "base/bf16.h"
+#include "dense/targets.h"
 #include "hwy/targets.h"
 
 namespace jointkv::dense {
@@ -49,6 +50,16 @@ inline void ForEachTarget(const std::function<void()>& f) {
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
+
+// JOINTKV_TARGET limits the kernels under test as it limits the program.
+class ForcedTargetEnvironment : public testing::Environment {
+ public:
+  void SetUp() override {
+    const Status status = ApplyForcedTarget();
+    ASSERT_TRUE(status.ok()) << status.ToString();
+  }
+};
+inline testing::Environment* const kForcedTargetEnvironment = testing::AddGlobalTestEnvironment(new ForcedTargetEnvironment);
 
 // A sum of products and what a chain of float additions may be off by: each of n additions rounds by at most one unit of
 // a partial sum, which is at most the sum of magnitudes (Higham, Accuracy and Stability, section 3.1).

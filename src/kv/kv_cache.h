@@ -110,6 +110,8 @@ class KvCache {
 
   const KvShape& shape() const { return shape_; }
   const BlockCutter& cutter() const { return cutter_; }
+  size_t running_bytes() const { return running_bytes_; }  // blocks that some sequence refers to
+  size_t logical_bytes() const { return logical_tokens_ * shape_.logical_token_bytes(); }
   KvStats stats() const;
   // Drops every block that no sequence uses.
   void DropPrefixCache();

@@ -1,0 +1,85 @@
+// Random shapes, histories and batches, each row held against the double reference. A failure names its seed.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "attention/test_world.h"
+
+namespace jointkv::attention {
+namespace {
+
+constexpr int kWorlds = 40;
+constexpr int kSteps = 10;
+
+WorldShape RandomShape(std::mt19937_64& random) {
+  const auto pick = [&](std::initializer_list<int> values) { return values.begin()[random() % values.size()]; };
+  WorldShape shape;
+  shape.n_kv_heads = pick({1, 1, 2, 3});
+  shape.n_heads = shape.n_kv_heads * pick({1, 2, 3, 4, 5, 7, 8, 9, 12});
+  shape.head_dim = pick({16, 24, 32, 48, 64, 80, 112, 128});
+  shape.neox = random() % 2 == 0;
+  shape.codec = static_cast<codec::Codec>(pick({0, 0, 0, 1, 2}));
+  shape.window = {0};
+  for (int i = pick({0, 1, 2}); i > 0; --i) shape.window.push_back(pick({1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 100, 257, 512}));
+  shape.rope.freq_base = random() % 2 == 0 ? 1e4f : 1e6f;
+  if (random() % 4 == 0) {
+    shape.rope.freq_scale = 0.25f;
+    shape.rope.ext_factor = 1;
+    shape.rope.n_ctx_orig = 256;
+  }
+  shape.rows_independent = random() % 3 == 0;
+  shape.norms = random() % 4 == 0;
+  shape.threads = pick({1, 2, 3});
+  shape.sharpness = random() % 5 == 0 ? 4.0f : 1.0f;
+  shape.out = random() % 3 == 0 ? dense::Precision::kBf16 : dense::Precision::kF32;
+  shape.tokens_max = 1600;
+  return shape;
+}
+
+void RunWorld(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  World world(RandomShape(random));
+  const int line = 2 + static_cast<int>(random() % 60);
+  int budget = 1100;
+  std::vector<SequenceId> sequences;
+  for (int step = 0; step < kSteps && budget > 0; ++step) {
+    std::vector<World::Piece> pieces;
+    if (sequences.empty() || random() % 3 == 0) {
+      sequences.push_back(world.Start(DomainId(static_cast<int32_t>(random() % 2))));
+      // A prompt that begins as others did, so that there is something to adopt.
+      const World::Tokens prompt = RandomTokens(2 + static_cast<int>(random() % 300), seed % 3, line);
+      const int hit = world.cache().AdoptPrefix(sequences.back(), prompt);
+      pieces.push_back({sequences.back(), Cut(prompt, hit, static_cast<int>(prompt.size()))});
+    } else if (random() % 3 == 0) {
+      const SequenceId fork = world.Fork(sequences[random() % sequences.size()]);
+      sequences.push_back(fork);
+    } else if (sequences.size() > 2 && random() % 3 == 0) {
+      world.cache().Free(sequences.front());
+      sequences.erase(sequences.begin());
+    }
+    for (const SequenceId id : sequences) {
+      if ((!pieces.empty() && pieces[0].sequence == id) || random() % 4 == 0) continue;
+      const int n = random() % 2 == 0 ? 1 : 1 + static_cast<int>(random() % (random() % 4 == 0 ? 300 : 20));
+      pieces.push_back({id, RandomTokens(n, random(), line)});
+    }
+    for (const World::Piece& piece : pieces) budget -= static_cast<int>(piece.tokens.size());
+    if (pieces.empty() || budget < 0) continue;
+    std::ranges::shuffle(pieces, random);
+    world.Step(pieces);
+    if (testing::Test::HasFatalFailure()) return;
+    world.cache().CheckIntegrity();
+  }
+}
+
+TEST(AttentionFuzzTest, RandomWorldsAgreeWithTheReference) {
+  for (uint64_t seed = 1; seed <= kWorlds; ++seed) {
+    const testing::ScopedTrace trace(__FILE__, __LINE__, "seed " + std::to_string(seed));
+    RunWorld(seed);
+    if (HasFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace jointkv::attention

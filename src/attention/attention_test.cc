@@ -1,0 +1,223 @@
+#include "attention/attention.h"
+
+#include <algorithm>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "attention/test_world.h"
+
+namespace jointkv::attention {
+namespace {
+
+using codec::Codec;
+using Tokens = World::Tokens;
+
+// Chunks of many sizes: rows only, tiles with every remainder, several of both.
+const std::vector<int> kChunks = {1, 2, 7, 8, 9, 31, 64, 90, 1, 1, 3};
+
+void RunChunks(World& world, const Tokens& tokens, const std::vector<int>& chunks) {
+  const SequenceId id = world.Start();
+  int at = 0;
+  for (const int chunk : chunks) {
+    world.Step({{id, Cut(tokens, at, chunk)}});
+    if (testing::Test::HasFatalFailure()) return;
+    at += chunk;
+  }
+}
+
+void ExpectBf16Noise(const World& world, Codec codec) {
+  if (codec == Codec::kBf16 && HasAvx512Bf16()) {
+    EXPECT_LT(world.NoiseRatio(), 1.3);
+  }
+}
+
+void CheckShape(const WorldShape& shape) {
+  const testing::ScopedTrace trace(__FILE__, __LINE__,
+                                   "heads " + std::to_string(shape.n_heads) + "/" + std::to_string(shape.n_kv_heads) + " x " +
+                                       std::to_string(shape.head_dim) + (shape.neox ? " neox " : " ") + codec::CodecName(shape.codec));
+  World world(shape);
+  RunChunks(world, RandomTokens(220, shape.head_dim), kChunks);
+  ExpectBf16Noise(world, shape.codec);
+}
+
+TEST(AttentionTest, EveryHeadSizeAndGroup) {
+  int n = 0;
+  for (const int head_dim : {16, 64, 80, 96, 128, 256}) {
+    for (const int group : {1, 2, 3, 4, 7, 8}) {
+      const int kv_heads = group < 4 && head_dim < 256 ? 2 : 1;
+      WorldShape shape{.n_heads = group * kv_heads, .n_kv_heads = kv_heads, .head_dim = head_dim, .neox = ++n % 2 == 0, .tokens_max = 300};
+      CheckShape(shape);
+      shape.codec = n % 3 == 0 ? Codec::kF16 : Codec::kF32;
+      CheckShape(shape);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(AttentionTest, ALargeGroupGoesRowByRow) {
+  CheckShape({.n_heads = 32, .n_kv_heads = 1, .head_dim = 32, .tokens_max = 300});
+}
+
+TEST(AttentionTest, HeadNorms) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF32}) CheckShape({.neox = true, .codec = codec, .norms = true, .tokens_max = 300});
+}
+
+TEST(AttentionTest, Bf16Output) {
+  CheckShape({.tokens_max = 300, .out = dense::Precision::kBf16});
+  CheckShape({.codec = Codec::kF32, .tokens_max = 300, .out = dense::Precision::kBf16});
+}
+
+// Smaller than a block, about one, more than a split, more than there is; three kinds of layer at once.
+TEST(AttentionTest, Windows) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) {
+    for (const bool rows_independent : {false, true}) {
+      World world({.n_heads = 4, .head_dim = 32, .codec = codec, .window = {1, 5, 0, 33, 300, 5000}, .rows_independent = rows_independent});
+      std::vector<int> chunks = kChunks;
+      chunks.insert(chunks.end(), {200, 1, 1, 150, 1, 1, 1, 40});
+      RunChunks(world, RandomTokens(620, 4), chunks);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(AttentionTest, LongSequencesHaveSeveralSplitsAndKeyTiles) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF32}) {
+    for (const int line : {4, 1000}) {
+      World world({.n_heads = 3, .n_kv_heads = 1, .codec = codec});
+      RunChunks(world, RandomTokens(930, 5, line), {600, 1, 1, 257, 8, 9, 1, 1});
+      if (HasFatalFailure()) return;
+      ExpectBf16Noise(world, codec);
+    }
+  }
+}
+
+TEST(AttentionTest, YarnMagnitudeAndLinearScaling) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF32}) {
+    for (const gguf::Rope& rope : {gguf::Rope{.freq_scale = 0.25f, .ext_factor = 1, .n_ctx_orig = 128},
+                                   gguf::Rope{.freq_scale = 0.5f, .ext_factor = 1, .attn_factor = 0.8f, .n_ctx_orig = 64},
+                                   gguf::Rope{.freq_base = 1e6f, .freq_scale = 0.125f}}) {
+      CheckShape({.neox = true, .codec = codec, .rope = rope, .tokens_max = 300});
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Decoding, prefilling and just starting sequences in one step; forks that share an open block and then part.
+TEST(AttentionTest, MixedBatchesAndForks) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) {
+    World world({.codec = codec, .window = {0, 20}});
+    const Tokens tokens = RandomTokens(400, 6);
+    const SequenceId a = world.Start();
+    const SequenceId b = world.Start(DomainId(1));
+    world.Step({{a, Cut(tokens, 0, 45)}, {b, Cut(tokens, 0, 3)}});
+    const SequenceId c = world.Fork(a);
+    const SequenceId d = world.Fork(a);
+    world.Step({{a, {7}}, {b, Cut(tokens, 3, 100)}, {c, {8}}, {d, Cut(tokens, 300, 30)}});
+    world.Step({{d, {1}}, {c, {2}}, {b, {3}}, {a, {4}}});
+    const SequenceId e = world.Fork(d);
+    world.Step({{e, Cut(tokens, 200, 9)}, {d, Cut(tokens, 200, 9)}, {c, Cut(tokens, 100, 1)}});
+    world.cache().Free(a);
+    world.Step({{e, {0}}, {d, {5}}});
+    if (HasFatalFailure()) return;
+  }
+}
+
+// The issue's own figure: blocks of position-free keys against plain absolute RoPE, f32 throughout, to 1e-4.
+TEST(AttentionTest, PositionFreeBlocksAreAbsoluteRope) {
+  for (const bool neox : {false, true}) {
+    World world({.n_heads = 9, .n_kv_heads = 3, .neox = neox, .codec = Codec::kF32, .rope = {.freq_base = 100000}, .tokens_max = 1100});
+    RunChunks(world, RandomTokens(1060, 7), {1000, 1, 1, 50, 1});
+    EXPECT_LT(world.worst_error(), 1e-4);
+    RecordProperty("worst_error", std::to_string(world.worst_error()));
+  }
+}
+
+TEST(AttentionTest, EveryHighwayTarget) {
+  dense::ForEachTarget([] {
+    for (const Codec codec : {Codec::kF32, Codec::kF16, Codec::kBf16}) {
+      for (const int head_dim : {80, 18}) {
+        CheckShape({.n_heads = 6, .n_kv_heads = 2, .head_dim = head_dim, .codec = codec, .window = {0, 19}, .tokens_max = 300});
+      }
+    }
+  });
+}
+
+class RowIndependenceTest : public testing::TestWithParam<Codec> {
+ protected:
+  WorldShape shape(int threads = 2) const {
+    return {.n_heads = 10, .n_kv_heads = 2, .codec = GetParam(), .window = {0, 40}, .rows_independent = true, .threads = threads, .judged = false};
+  }
+  const Tokens tokens_ = RandomTokens(640, 8);
+};
+
+// Every row that both worlds computed has the same bits; at least `rows` are compared.
+void ExpectSameBits(const World::Results& a, const World::Results& b, size_t rows) {
+  size_t compared = 0;
+  for (const auto& [key, row] : a) {
+    const auto other = b.find(key);
+    if (other == b.end()) continue;
+    ++compared;
+    ASSERT_EQ(row, other->second) << "layer " << key.second;
+  }
+  EXPECT_GE(compared, rows);
+}
+
+TEST_P(RowIndependenceTest, ChunksDoNotMatter) {
+  World whole(shape());
+  RunChunks(whole, tokens_, {640});
+  World alone(shape());
+  RunChunks(alone, tokens_, std::vector<int>(640, 1));
+  ExpectSameBits(whole.results(), alone.results(), 1280);
+  World pieces(shape());
+  RunChunks(pieces, tokens_, {5, 17, 1, 1, 32, 300, 9, 1, 200, 74});
+  ExpectSameBits(whole.results(), pieces.results(), 1280);
+}
+
+TEST_P(RowIndependenceTest, CompanyDoesNotMatter) {
+  World alone(shape());
+  RunChunks(alone, tokens_, {200, 1, 1, 60});
+  World crowd(shape());
+  const SequenceId other = crowd.Start(DomainId(1));
+  const SequenceId id = crowd.Start();
+  crowd.Step({{other, RandomTokens(33, 1)}, {id, Cut(tokens_, 0, 90)}});
+  crowd.Step({{id, Cut(tokens_, 90, 111)}, {other, {3}}});
+  crowd.Step({{other, {4}}, {id, Cut(tokens_, 201, 61)}});
+  ExpectSameBits(alone.results(), crowd.results(), 2 * 262);
+}
+
+TEST_P(RowIndependenceTest, APrefixHitDoesNotMatter) {
+  World fresh(shape());
+  RunChunks(fresh, tokens_, {400, 1, 1, 60});
+  World warm(shape());
+  const SequenceId first = warm.Start();
+  warm.Step({{first, Cut(tokens_, 0, 300)}});
+  const SequenceId second = warm.Start();
+  const int hit = warm.cache().AdoptPrefix(second, Cut(tokens_, 0, 402));
+  EXPECT_GT(hit, 200);
+  const SequenceId fork = warm.Fork(second);
+  warm.Step({{second, Cut(tokens_, hit, 402 - hit)}});
+  warm.Step({{fork, Cut(tokens_, hit, 3)}, {second, Cut(tokens_, 402, 60)}});
+  ExpectSameBits(fresh.results(), warm.results(), 2 * 462);
+}
+
+TEST_P(RowIndependenceTest, ThreadsDoNotMatter) {
+  for (const bool rows_independent : {true, false}) {
+    std::vector<World::Results> results;
+    for (const int threads : {1, 2, 3}) {
+      WorldShape s = shape(threads);
+      s.rows_independent = rows_independent;
+      World world(s);
+      RunChunks(world, tokens_, {300, 1, 100, 8, 1});
+      results.push_back(world.results());
+    }
+    EXPECT_EQ(results[0], results[1]);
+    EXPECT_EQ(results[0], results[2]);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Codecs, RowIndependenceTest, testing::Values(Codec::kBf16, Codec::kF16, Codec::kF32),
+                         [](const auto& codec) { return codec::CodecName(codec.param); });
+
+}  // namespace
+}  // namespace jointkv::attention

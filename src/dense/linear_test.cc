@@ -1,0 +1,354 @@
+#include "dense/linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "base/cpu.h"
+#include "dense/test_matrices.h"
+#include "gguf/dequantize.h"
+
+namespace jointkv::dense {
+namespace {
+
+constexpr int kThreadsMax = 3;
+constexpr int kIn = 512;
+
+// A tensor over its own memory, as a file would hold it, and the floats that it stands for.
+struct Weight {
+  Weight(ggml_type type, int in, int out, uint64_t seed) {
+    const std::vector<float> source = RandomFloats(static_cast<size_t>(in) * out, seed);
+    bytes.resize(ggml_row_size(type, in) * out);
+    ggml_quantize_chunk(type, source.data(), bytes.data(), 0, out, in, nullptr);
+    tensor.name = std::string("w.") + ggml_type_name(type);
+    tensor.type = type;
+    tensor.n_dims = 2;
+    tensor.ne = {in, out, 1, 1};
+    tensor.data = bytes.data();
+    tensor.size_bytes = bytes.size();
+    values.resize(source.size());
+    EXPECT_TRUE(gguf::Dequantize(tensor, 0, out, values.data()).ok());
+  }
+  Weight(const Weight&) = delete;
+
+  std::vector<std::byte> bytes;
+  gguf::Tensor tensor;
+  std::vector<float> values;  // (out, in)
+};
+
+struct Part {
+  ggml_type type = GGML_TYPE_F32;
+  int out = 0;
+  bool bias = false;
+};
+
+// A Linear and its plain double twin.
+class Model {
+ public:
+  Model(const std::vector<Part>& parts, const LinearOptions& options, int in = kIn) : in_(in), options_(options) {
+    std::vector<const gguf::Tensor*> tensors;
+    std::vector<const gguf::Tensor*> biases;
+    uint64_t seed = 77;
+    for (const Part& part : parts) {
+      weights_.push_back(std::make_unique<Weight>(part.type, in, part.out, seed++));
+      tensors.push_back(&weights_.back()->tensor);
+      biases_.push_back(std::make_unique<Weight>(GGML_TYPE_F32, part.out, 1, seed++));
+      biases.push_back(part.bias ? &biases_.back()->tensor : nullptr);
+      w_.insert(w_.end(), weights_.back()->values.begin(), weights_.back()->values.end());
+      for (const float b : biases_.back()->values) b_.push_back(part.bias ? b : 0.0f);
+    }
+    if (options.precision == Precision::kBf16) RoundToBf16(w_);
+    ThreadPool pool(2);
+    Expected<Linear> linear = Linear::Create(tensors, biases, options, pool);
+    EXPECT_TRUE(linear.ok()) << linear.status().ToString();
+    linear_ = std::move(linear).value();
+    EXPECT_EQ(linear_.in(), in);
+    EXPECT_EQ(static_cast<size_t>(linear_.out()), b_.size());
+    scratch_.Reserve(kThreadsMax, 64, in, options.memory == WeightsMemory::kLean);
+  }
+
+  const Linear& linear() const { return linear_; }
+  int out() const { return linear_.out(); }
+  Precision precision() const { return options_.precision; }
+
+  std::vector<float> Forward(int threads, const Activations& x, int quantised_rows, const std::vector<float>* before = nullptr) {
+    ThreadPool pool(threads);
+    std::vector<float> y(static_cast<size_t>(x.rows) * out(), -3.0f);
+    if (before != nullptr) y.assign(before->begin(), before->begin() + static_cast<ptrdiff_t>(y.size()));
+    linear_.Forward(pool, scratch_, x, quantised_rows, y.data(), before != nullptr);
+    return y;
+  }
+  std::vector<float> ForwardGated(int threads, const Activations& x, int quantised_rows, Gate gate) {
+    ThreadPool pool(threads);
+    std::vector<float> y(static_cast<size_t>(x.rows) * out() / 2);
+    std::vector<uint16_t> y16(y.size());
+    const bool bf16 = x.precision == Precision::kBf16;
+    const Activations target{bf16 ? static_cast<void*>(y16.data()) : y.data(), x.precision, x.rows, out() / 2};
+    linear_.ForwardGated(pool, scratch_, x, quantised_rows, gate, target);
+    for (size_t i = 0; bf16 && i < y.size(); ++i) y[i] = F32FromBf16(y16[i]);
+    return y;
+  }
+  Dot Reference(const float* x, int output) const {
+    Dot dot;
+    for (int i = 0; i < in_; ++i) dot.Add(x[i], w_[static_cast<size_t>(output) * in_ + i]);
+    dot.Add(b_[output], 1);
+    return dot;
+  }
+  const float* weights(int output) const { return w_.data() + static_cast<size_t>(output) * in_; }
+
+ private:
+  int in_;
+  LinearOptions options_;
+  std::vector<std::unique_ptr<Weight>> weights_;
+  std::vector<std::unique_ptr<Weight>> biases_;
+  std::vector<float> w_;  // (out, in)
+  std::vector<float> b_;  // (out)
+  Linear linear_;
+  LinearScratch scratch_;
+};
+
+// Rows of activations, exactly representable in `precision`.
+struct Rows {
+  Rows(Precision precision, int rows, int cols, uint64_t seed = 5) : values(RandomFloats(static_cast<size_t>(rows) * cols, seed)) {
+    if (precision == Precision::kBf16) {
+      RoundToBf16(values);
+      values16 = ToBf16(values);
+    }
+    view = {precision == Precision::kBf16 ? static_cast<void*>(values16.data()) : values.data(), precision, rows, cols};
+  }
+  Activations Slice(int first, int rows) const {
+    Activations slice = view;
+    slice.data = view.precision == Precision::kBf16 ? static_cast<void*>(view.bf16(first)) : view.f32(first);
+    slice.rows = rows;
+    return slice;
+  }
+  const float* row(int r) const { return values.data() + static_cast<ptrdiff_t>(r) * view.cols; }
+
+  std::vector<float> values;
+  std::vector<uint16_t> values16;
+  Activations view;
+};
+
+std::vector<Precision> Precisions() {
+  std::vector<Precision> precisions = {Precision::kF32};
+  if (HasAvx512Bf16()) precisions.push_back(Precision::kBf16);
+  return precisions;
+}
+
+// Mixed types, odd tails, a bias on some.
+const std::vector<Part> kMixed = {{GGML_TYPE_Q4_1, 70, true}, {GGML_TYPE_F16, 33, false}, {GGML_TYPE_Q6_K, 32, true}};
+
+TEST(LinearTest, PackedIsTheProduct) {
+  for (const Precision precision : Precisions()) {
+    Model model(kMixed, {precision, WeightsMemory::kPacked});
+    for (int rows = 1; rows <= 30; ++rows) {
+      const Rows x(precision, rows, kIn, rows);
+      const std::vector<float> y = model.Forward(2, x.view, 0);
+      const std::vector<float> before = RandomFloats(y.size(), 3);
+      const std::vector<float> added = model.Forward(2, x.view, 0, &before);
+      for (int r = 0; r < rows; ++r) {
+        for (int o = 0; o < model.out(); ++o) {
+          Dot dot = model.Reference(x.row(r), o);
+          const size_t at = static_cast<size_t>(r) * model.out() + o;
+          ASSERT_NEAR(y[at], dot.value, dot.Tolerance()) << "row " << r << " output " << o;
+          dot.Add(before[at], 1);
+          ASSERT_NEAR(added[at], dot.value, dot.Tolerance()) << "row " << r << " output " << o;
+        }
+      }
+    }
+  }
+}
+
+TEST(LinearTest, ARowIsTheSameInAnyBatchOnAnyThreadsPackedOrLean) {
+  const int rows = 500;  // more than two row blocks
+  for (const Precision precision : Precisions()) {
+    Model packed(kMixed, {precision, WeightsMemory::kPacked});
+    Model lean(kMixed, {precision, WeightsMemory::kLean});
+    EXPECT_GT(packed.linear().packed_bytes(), size_t{0});
+    EXPECT_EQ(lean.linear().packed_bytes(), size_t{0});
+    const Rows x(precision, rows, kIn);
+    const std::vector<float> all = packed.Forward(1, x.view, 0);
+    for (int r = 0; r < rows; r += 71) {
+      for (int o = 0; o < packed.out(); ++o) {
+        const Dot dot = packed.Reference(x.row(r), o);
+        ASSERT_NEAR(all[static_cast<size_t>(r) * packed.out() + o], dot.value, dot.Tolerance());
+      }
+    }
+    for (const int threads : {1, 2, 3}) {
+      EXPECT_EQ(packed.Forward(threads, x.view, 0), all);
+      EXPECT_EQ(lean.Forward(threads, x.view, 0), all);
+      for (const auto& [first, n] : std::vector<std::pair<int, int>>{{0, 1}, {499, 1}, {191, 2}, {100, 12}, {7, 13}, {3, 193}, {1, 384}}) {
+        const std::vector<float> some = packed.Forward(threads, x.Slice(first, n), 0);
+        EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first) * packed.out())) << first << " " << n;
+        EXPECT_EQ(lean.Forward(threads, x.Slice(first, n), 0), some);
+      }
+    }
+  }
+}
+
+// What ggml rounds of an activation before it multiplies: half a step of its block's grid for the 8-bit types, plus the
+// scale's own rounding to f16 (2^-11 relative).
+double ActivationStep(ggml_type type, const float* x, int i) {
+  const int block = type == GGML_TYPE_Q8_K ? 256 : 32;
+  float largest = 0;
+  for (int j = i / block * block; j < i / block * block + block; ++j) largest = std::max(largest, std::abs(x[j]));
+  switch (type) {
+    case GGML_TYPE_F32: return 0;
+    case GGML_TYPE_F16: return std::abs(x[i]) * 0x1p-10;
+    case GGML_TYPE_BF16: return std::abs(x[i]) * 0x1p-7;
+    default: return largest / 127;
+  }
+}
+
+ggml_type ActivationType(ggml_type type) {
+  switch (type) {
+    case GGML_TYPE_F32:
+    case GGML_TYPE_F16:
+    case GGML_TYPE_BF16: return type;
+    case GGML_TYPE_Q4_1:
+    case GGML_TYPE_Q5_1: return GGML_TYPE_Q8_1;
+    case GGML_TYPE_Q2_K:
+    case GGML_TYPE_Q3_K:
+    case GGML_TYPE_Q4_K:
+    case GGML_TYPE_Q5_K:
+    case GGML_TYPE_Q6_K:
+    case GGML_TYPE_IQ4_XS: return GGML_TYPE_Q8_K;
+    default: return GGML_TYPE_Q8_0;
+  }
+}
+
+// No product may be off by more than half a step of every activation, and all of them together by no more than rounding
+// noise of variance step^2 / 12 for each activation explains. `slack`: scales kept in f16, sums of 32 kept in f16.
+TEST(LinearTest, QuantisedIsTheProductUpToTheActivationStep) {
+  for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                               GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
+                               GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
+    Model model({{type, 75, true}, {type, 40, false}}, {Precision::kF32, WeightsMemory::kPacked});
+    ASSERT_TRUE(model.linear().has_quantised()) << ggml_type_name(type);
+    const Rows x(Precision::kF32, 9, kIn);
+    const std::vector<float> y = model.Forward(2, x.view, 9);
+    double squared_error = 0;
+    double variance = 0;
+    for (int r = 0; r < 9; ++r) {
+      for (int o = 0; o < model.out(); ++o) {
+        const Dot dot = model.Reference(x.row(r), o);
+        const float* w = model.weights(o);
+        double worst = 0;
+        for (int i = 0; i < kIn; ++i) {
+          const double step = ActivationStep(ActivationType(type), x.row(r), i);
+          worst += std::abs(w[i]) * step / 2;
+          variance += w[i] * w[i] * step * step / 12;
+        }
+        const double slack = type == GGML_TYPE_F32 ? 0 : dot.magnitude * 0x1p-9;
+        const double error = y[static_cast<size_t>(r) * model.out() + o] - dot.value;
+        ASSERT_LE(std::abs(error), worst + slack + dot.Tolerance()) << ggml_type_name(type) << " row " << r << " output " << o;
+        squared_error += error * error;
+        variance += std::pow(dot.Tolerance(), 2);
+      }
+    }
+    EXPECT_LE(squared_error, 1.5 * variance) << ggml_type_name(type);
+  }
+}
+
+TEST(LinearTest, QuantisedRowsAreIndependent) {
+  Model model(kMixed, {Precision::kF32, WeightsMemory::kPacked});
+  const Rows x(Precision::kF32, 20, kIn);
+  const std::vector<float> all = model.Forward(1, x.view, 20);
+  EXPECT_NE(all, model.Forward(1, x.view, 19)) << "more rows than that go the packed way";
+  const std::vector<float> before = RandomFloats(all.size(), 3);
+  const std::vector<float> added = model.Forward(2, x.view, 20, &before);
+  for (size_t i = 0; i < all.size(); ++i) ASSERT_EQ(added[i], before[i] + all[i]);
+  for (const int threads : {1, 2, 3}) {
+    EXPECT_EQ(model.Forward(threads, x.view, 20), all);
+    for (int first = 0; first < 20; ++first) {
+      const std::vector<float> one = model.Forward(threads, x.Slice(first, 1), 1);
+      EXPECT_TRUE(std::equal(one.begin(), one.end(), all.begin() + static_cast<ptrdiff_t>(first) * model.out()));
+    }
+  }
+}
+
+// All four parts want another type of activations, more than one f32 copy's bytes.
+TEST(LinearTest, QuantisedPartsOfManyTypes) {
+  const std::vector<Part> parts = {{GGML_TYPE_F16, 20}, {GGML_TYPE_BF16, 20}, {GGML_TYPE_Q4_1, 20}, {GGML_TYPE_Q4_K, 20}};
+  Model model(parts, {Precision::kF32, WeightsMemory::kPacked});
+  const Rows x(Precision::kF32, 64, kIn);
+  const std::vector<float> y = model.Forward(2, x.view, 64);
+  for (int r = 0; r < 64; ++r) {
+    for (int o = 0; o < model.out(); ++o) {
+      const Dot dot = model.Reference(x.row(r), o);
+      ASSERT_NEAR(y[static_cast<size_t>(r) * model.out() + o], dot.value, dot.magnitude * 0.02) << "row " << r << " output " << o;
+    }
+  }
+}
+
+double Activation(Gate gate, double g) {
+  return g / (1 + std::exp(gate == Gate::kSilu ? -g : -2 * std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+}
+
+// Both activations have slopes below 1.13, so an error of g reaches the result times 1.13 |u|, one of u times |act(g)|.
+TEST(LinearTest, Gated) {
+  const int in = 64;
+  for (const Precision precision : Precisions()) {
+    for (const bool bias : {false, true}) {
+      Model packed({{GGML_TYPE_F32, 45, bias}, {GGML_TYPE_F32, 45, bias}}, {precision, WeightsMemory::kPacked}, in);
+      Model lean({{GGML_TYPE_F32, 45, bias}, {GGML_TYPE_F32, 45, bias}}, {precision, WeightsMemory::kLean}, in);
+      for (const int rows : {1, 2, 11, 12, 13, 30, 192, 193, 400}) {
+        const Rows x(precision, rows, in);
+        for (const Gate gate : {Gate::kSilu, Gate::kGelu}) {
+          const std::vector<float> y = packed.ForwardGated(2, x.view, 0, gate);
+          for (int r = 0; r < rows; ++r) {
+            for (int o = 0; o < 45; ++o) {
+              const Dot g = packed.Reference(x.row(r), o);
+              const Dot u = packed.Reference(x.row(r), 45 + o);
+              const double act = Activation(gate, g.value);
+              const double expected = act * u.value;
+              const double unit = precision == Precision::kBf16 ? kBf16Unit : kF32Unit;
+              // The exponent is formed in float: 2 |g| units and more for the cubic one.
+              const double exponent = 16 + (gate == Gate::kGelu ? 4 * std::abs(std::pow(g.value, 3)) : 0);
+              const double tolerance = 1.13 * g.Tolerance() * std::abs(u.value) + std::abs(act) * u.Tolerance() +
+                                       std::abs(expected) * (unit + exponent * kF32Unit) + 1e-9;
+              ASSERT_NEAR(y[static_cast<size_t>(r) * 45 + o], expected, tolerance) << "row " << r << " output " << o;
+            }
+          }
+          for (const int threads : {1, 3}) EXPECT_EQ(packed.ForwardGated(threads, x.view, 0, gate), y);
+          for (const int threads : {1, 2, 3}) EXPECT_EQ(lean.ForwardGated(threads, x.view, 0, gate), y);
+          const std::vector<float> last = packed.ForwardGated(1, x.Slice(rows - 1, 1), 0, gate);
+          EXPECT_TRUE(std::equal(last.begin(), last.end(), y.end() - 45));
+        }
+      }
+    }
+  }
+}
+
+TEST(LinearTest, GatedQuantisedIsTheGateOfTheQuantisedProduct) {
+  Model model({{GGML_TYPE_Q4_1, 600, true}, {GGML_TYPE_Q4_0, 600, false}}, {Precision::kF32, WeightsMemory::kPacked});
+  const Rows x(Precision::kF32, 5, kIn);
+  const std::vector<float> both = model.Forward(1, x.view, 5);
+  for (const Gate gate : {Gate::kSilu, Gate::kGelu}) {
+    std::vector<float> expected(static_cast<size_t>(5) * 600);
+    GatedProduct(gate, both.data(), both.data() + 600, 1200, 5, 600, {expected.data(), Precision::kF32, 5, 600}, 0, 0);
+    for (const int threads : {1, 2, 3}) {
+      const std::vector<float> y = model.ForwardGated(threads, x.view, 5, gate);
+      // Vector and scalar tails of the activation may differ in the last places.
+      for (size_t i = 0; i < y.size(); ++i) ASSERT_NEAR(y[i], expected[i], 1e-5 * std::abs(expected[i]) + 1e-30);
+    }
+  }
+}
+
+TEST(LinearTest, OddInnerSizes) {
+  const Weight odd(GGML_TYPE_F32, 33, 5, 1);
+  const gguf::Tensor* parts[] = {&odd.tensor};
+  ThreadPool pool(1);
+  const Expected<Linear> bf16 = Linear::Create(parts, {}, {Precision::kBf16, WeightsMemory::kPacked}, pool);
+  ASSERT_FALSE(bf16.ok());
+  EXPECT_EQ(bf16.status().code(), StatusCode::kUnsupported);
+  EXPECT_NE(bf16.status().message().find("'w.f32'"), std::string::npos);
+  EXPECT_TRUE(Linear::Create(parts, {}, {Precision::kF32, WeightsMemory::kPacked}, pool).ok());
+}
+
+}  // namespace
+}  // namespace jointkv::dense

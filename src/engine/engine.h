@@ -1,0 +1,127 @@
+// Engine: continuous batching over one model and one block store.
+//
+// A step is: plan (which rows of which sequences; preempts when the store is full) -> forward -> commit (seal blocks) ->
+// sample -> emit. Decoding sequences take one row each, prompts share what is left of the step's token budget.
+//
+// Threads: one thread calls everything; the work inside a step runs on the engine's own pool.
+// Owns: model file, weights, tokenizer, block store, requests. Fails how: Create and Submit return a Status; a request
+// that fails later ends with an event of FinishReason::kError, the others go on.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "engine/request.h"
+#include "gguf/gguf_file.h"
+#include "kv/kv_cache.h"
+#include "models/model.h"
+#include "text/tokenizer.h"
+
+namespace jointkv::engine {
+
+struct EngineOptions {
+  std::string model_path;
+  int threads = 0;                 // 0: one per available core
+  size_t kv_bytes = 0;             // 0: a third of the memory that is free after loading
+  std::optional<codec::Codec> kv_type;  // none: f32 for an f32 model, else bf16
+  bool prefix_cache = true;
+  int max_running = 64;            // sequences decoding or prefilling at once
+  int step_tokens = 512;           // rows of one step
+  int max_context = 0;             // tokens of one sequence; 0: what the model was trained for
+  bool deterministic = false;
+  std::optional<dense::Precision> precision;
+  std::optional<int> quantised_rows;
+  dense::WeightsMemory weights_memory = dense::WeightsMemory::kPacked;
+  SamplingLimits sampling_limits;
+  std::function<void(int done, int total)> load_progress;
+};
+
+class Engine {
+ public:
+  static Expected<std::unique_ptr<Engine>> Create(const EngineOptions& options);
+  ~Engine();
+
+  // Checks and queues. kInvalidArgument or kOutOfRange: a parameter; kResourceExhausted: the request could not fit even
+  // alone. max_tokens is cut to what the context leaves.
+  Expected<RequestId> Submit(Request request);
+  // Ends a request; its blocks are free after the next Step. Unknown ids are ignored: it may just have finished.
+  void Cancel(RequestId request);
+
+  // One step. Appends what happened to `events`. False when there was nothing to do.
+  bool Step(std::vector<Event>& events);
+  bool idle() const;
+
+  EngineStats stats() const;
+  kv::KvStats kv_stats() const { return cache_->stats(); }
+  const text::Tokenizer& tokenizer() const { return *tokenizer_; }
+  const models::Model& model() const { return *model_; }
+  const gguf::GgufFile& file() const { return *file_; }
+  const kv::KvCache& cache() const { return *cache_; }
+  int max_context() const { return max_context_; }
+  int threads() const { return pool_->size(); }
+  const EngineOptions& options() const { return options_; }
+
+  // Called with the raw logits of each sampled row, before sampling: for evaluations and tests.
+  using LogitsObserver = std::function<void(RequestId request, int choice, int position, std::span<const float> logits)>;
+  void ObserveLogits(LogitsObserver observer) { observer_ = std::move(observer); }
+
+ private:
+  struct Sequence;
+  struct RequestState;
+  struct Tenant;
+
+  explicit Engine(const EngineOptions& options);
+  void Admit();
+  bool AdmitNext();
+  Tenant* NextTenant();
+  void Plan();
+  bool Reserve(Sequence& sequence, int rows);
+  bool PreemptYoungest(const Sequence& keep);
+  void Preempt(Sequence& sequence);
+  void Forward();
+  void SampleRows(std::vector<Event>& events);
+  void ForkChoices(Sequence& first);
+  void SampleOne(Sequence& sequence, std::span<float> logits, std::vector<Event>& events);
+  void FinishSequence(Sequence& sequence, FinishReason reason, Event& event);
+  void RemoveFinished();
+  void DropCancelled(std::vector<Event>& events);
+  size_t PendingBytes() const;
+  void UpdatePeaks();
+
+  EngineOptions options_;
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<gguf::GgufFile> file_;
+  std::unique_ptr<text::Tokenizer> tokenizer_;
+  std::unique_ptr<models::Model> model_;
+  std::unique_ptr<kv::KvCache> cache_;
+  std::vector<TokenId> end_tokens_;
+  int max_context_ = 0;
+
+  std::map<DomainId, Tenant> tenants_;
+  std::map<RequestId, std::unique_ptr<RequestState>> requests_;
+  std::vector<std::unique_ptr<Sequence>> running_;  // in order of admission
+  int32_t next_request_ = 0;
+
+  // The present step.
+  struct PlannedSpan {
+    Sequence* sequence = nullptr;
+    attention::RowSpan span;
+  };
+  std::vector<PlannedSpan> planned_;
+  std::vector<TokenId> step_tokens_;
+  std::vector<attention::RowSpan> step_spans_;
+  std::vector<int> logit_rows_;
+  std::vector<Sequence*> logit_sequences_;
+  HugeBuffer logits_;  // (max_running, n_vocab) f32
+  SamplingScratch scratch_{1};
+  std::string piece_;
+  std::vector<float> row_copy_;  // (n_vocab) for choices that sample from the same row
+  LogitsObserver observer_;
+  EngineStats stats_;
+};
+
+}  // namespace jointkv::engine

@@ -1,0 +1,66 @@
+// What enters and leaves the engine: requests, events, counters.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/ids.h"
+#include "base/status.h"
+#include "engine/sampling.h"
+
+namespace jointkv::engine {
+
+using RequestId = Id<struct RequestTag>;
+
+struct Request {
+  std::vector<TokenId> prompt;
+  SamplingParams sampling;
+  DomainId domain{0};  // tenant: nothing is shared with another, and admission takes turns among them
+};
+
+enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };
+const char* FinishReasonName(FinishReason reason);
+
+struct RequestTimes {
+  double submitted_s = 0;  // monotonic clock
+  double started_s = 0;    // first admitted
+  double first_token_s = 0;
+  double finished_s = 0;
+};
+
+// One token of one choice, its end, or both.
+struct Event {
+  RequestId request;
+  int choice = 0;       // 0 .. n - 1
+  TokenId token = -1;   // -1: no token (the end of a choice that was cancelled or failed)
+  std::string text;     // whole UTF-8 characters; what stop strings may still claim is held back
+  SampledLogprobs logprobs;  // filled when asked for
+  FinishReason finish = FinishReason::kNone;
+
+  // With `finish` only:
+  Status error;
+  int prompt_tokens = 0;
+  int cached_tokens = 0;  // of the prompt, taken from the prefix cache
+  int output_tokens = 0;
+  RequestTimes times;
+};
+
+struct EngineStats {
+  int running = 0;
+  int waiting = 0;
+  int running_peak = 0;
+  int64_t steps = 0;
+  int64_t prompt_tokens = 0;       // of admitted requests, cached or computed
+  int64_t prefill_tokens = 0;      // computed, recomputation after preemption included
+  int64_t output_tokens = 0;
+  int64_t prefix_cached_tokens = 0;
+  int64_t preemptions = 0;
+  double prefill_s = 0;            // steps with prefill rows, by share of rows
+  double decode_s = 0;
+  size_t kv_bytes_peak = 0;          // blocks that running sequences refer to
+  size_t kv_bytes_logical_peak = 0;  // the same tokens as private 16-bit K and V
+};
+
+}  // namespace jointkv::engine
