@@ -2,6 +2,7 @@
 #   jointkv_ggml          ggml: GGUF files, quantised dot products, dequantisation
 #   jointkv_llama_common  jointkv_ggml, libllama and its `common` library: tokenizer, samplers, chat templates;
 #                         defines JOINTKV_LLAMA_VERSION
+# and JOINTKV_GGUF_PY, the folder of the `gguf` Python module.
 #
 # The pinned source and its libraries come from the cache that tools/setup fills. With JOINTKV_LLAMA_CPP_DIR, that
 # checkout is built as a part of this build instead, under the same sanitizers.
@@ -90,3 +91,4 @@ file(STRINGS ${source}/CMakeLists.txt version_lines REGEX "^set\\(LLAMA_VERSION_
 list(TRANSFORM version_lines REPLACE "^.* ([0-9]+)\\)$" "\\1")
 list(JOIN version_lines "." version)
 target_compile_definitions(jointkv_llama_common INTERFACE JOINTKV_LLAMA_VERSION="${version}")
+set(JOINTKV_GGUF_PY ${source}/gguf-py)

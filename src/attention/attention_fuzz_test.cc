@@ -22,7 +22,8 @@ WorldShape RandomShape(std::mt19937_64& random) {
   shape.neox = random() % 2 == 0;
   shape.codec = static_cast<codec::Codec>(pick({0, 0, 0, 1, 2}));
   shape.window = {0};
-  for (int i = pick({0, 1, 2}); i > 0; --i) shape.window.push_back(pick({1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 100, 257, 512}));
+  for (int i = pick({0, 1, 2}); i > 0; --i)
+    shape.window.push_back(pick({1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 100, 257, 512}));
   shape.rope.freq_base = random() % 2 == 0 ? 1e4f : 1e6f;
   if (random() % 4 == 0) {
     shape.rope.freq_scale = 0.25f;

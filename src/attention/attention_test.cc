@@ -34,8 +34,9 @@ void ExpectBf16Noise(const World& world, Codec codec) {
 
 void CheckShape(const WorldShape& shape) {
   const testing::ScopedTrace trace(__FILE__, __LINE__,
-                                   "heads " + std::to_string(shape.n_heads) + "/" + std::to_string(shape.n_kv_heads) + " x " +
-                                       std::to_string(shape.head_dim) + (shape.neox ? " neox " : " ") + codec::CodecName(shape.codec));
+                                   "heads " + std::to_string(shape.n_heads) + "/" + std::to_string(shape.n_kv_heads) +
+                                       " x " + std::to_string(shape.head_dim) + (shape.neox ? " neox " : " ") +
+                                       codec::CodecName(shape.codec));
   World world(shape);
   RunChunks(world, RandomTokens(220, shape.head_dim), kChunks);
   ExpectBf16Noise(world, shape.codec);
@@ -46,7 +47,11 @@ TEST(AttentionTest, EveryHeadSizeAndGroup) {
   for (const int head_dim : {16, 64, 80, 96, 128, 256}) {
     for (const int group : {1, 2, 3, 4, 7, 8}) {
       const int kv_heads = group < 4 && head_dim < 256 ? 2 : 1;
-      WorldShape shape{.n_heads = group * kv_heads, .n_kv_heads = kv_heads, .head_dim = head_dim, .neox = ++n % 2 == 0, .tokens_max = 300};
+      WorldShape shape{.n_heads = group * kv_heads,
+                       .n_kv_heads = kv_heads,
+                       .head_dim = head_dim,
+                       .neox = ++n % 2 == 0,
+                       .tokens_max = 300};
       CheckShape(shape);
       shape.codec = n % 3 == 0 ? Codec::kF16 : Codec::kF32;
       CheckShape(shape);
@@ -60,7 +65,8 @@ TEST(AttentionTest, ALargeGroupGoesRowByRow) {
 }
 
 TEST(AttentionTest, HeadNorms) {
-  for (const Codec codec : {Codec::kBf16, Codec::kF32}) CheckShape({.neox = true, .codec = codec, .norms = true, .tokens_max = 300});
+  for (const Codec codec : {Codec::kBf16, Codec::kF32})
+    CheckShape({.neox = true, .codec = codec, .norms = true, .tokens_max = 300});
 }
 
 TEST(AttentionTest, Bf16Output) {
@@ -72,7 +78,11 @@ TEST(AttentionTest, Bf16Output) {
 TEST(AttentionTest, Windows) {
   for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) {
     for (const bool rows_independent : {false, true}) {
-      World world({.n_heads = 4, .head_dim = 32, .codec = codec, .window = {1, 5, 0, 33, 300, 5000}, .rows_independent = rows_independent});
+      World world({.n_heads = 4,
+                   .head_dim = 32,
+                   .codec = codec,
+                   .window = {1, 5, 0, 33, 300, 5000},
+                   .rows_independent = rows_independent});
       std::vector<int> chunks = kChunks;
       chunks.insert(chunks.end(), {200, 1, 1, 150, 1, 1, 1, 40});
       RunChunks(world, RandomTokens(620, 4), chunks);
@@ -94,9 +104,10 @@ TEST(AttentionTest, LongSequencesHaveSeveralSplitsAndKeyTiles) {
 
 TEST(AttentionTest, YarnMagnitudeAndLinearScaling) {
   for (const Codec codec : {Codec::kBf16, Codec::kF32}) {
-    for (const gguf::Rope& rope : {gguf::Rope{.freq_scale = 0.25f, .ext_factor = 1, .n_ctx_orig = 128},
-                                   gguf::Rope{.freq_scale = 0.5f, .ext_factor = 1, .attn_factor = 0.8f, .n_ctx_orig = 64},
-                                   gguf::Rope{.freq_base = 1e6f, .freq_scale = 0.125f}}) {
+    for (const gguf::Rope& rope :
+         {gguf::Rope{.freq_scale = 0.25f, .ext_factor = 1, .n_ctx_orig = 128},
+          gguf::Rope{.freq_scale = 0.5f, .ext_factor = 1, .attn_factor = 0.8f, .n_ctx_orig = 64},
+          gguf::Rope{.freq_base = 1e6f, .freq_scale = 0.125f}}) {
       CheckShape({.neox = true, .codec = codec, .rope = rope, .tokens_max = 300});
       if (HasFatalFailure()) return;
     }
@@ -126,7 +137,12 @@ TEST(AttentionTest, MixedBatchesAndForks) {
 // The issue's own figure: blocks of position-free keys against plain absolute RoPE, f32 throughout, to 1e-4.
 TEST(AttentionTest, PositionFreeBlocksAreAbsoluteRope) {
   for (const bool neox : {false, true}) {
-    World world({.n_heads = 9, .n_kv_heads = 3, .neox = neox, .codec = Codec::kF32, .rope = {.freq_base = 100000}, .tokens_max = 1100});
+    World world({.n_heads = 9,
+                 .n_kv_heads = 3,
+                 .neox = neox,
+                 .codec = Codec::kF32,
+                 .rope = {.freq_base = 100000},
+                 .tokens_max = 1100});
     RunChunks(world, RandomTokens(1060, 7), {1000, 1, 1, 50, 1});
     EXPECT_LT(world.worst_error(), 1e-4);
     RecordProperty("worst_error", std::to_string(world.worst_error()));
@@ -137,7 +153,12 @@ TEST(AttentionTest, EveryHighwayTarget) {
   dense::ForEachTarget([] {
     for (const Codec codec : {Codec::kF32, Codec::kF16, Codec::kBf16}) {
       for (const int head_dim : {80, 18}) {
-        CheckShape({.n_heads = 6, .n_kv_heads = 2, .head_dim = head_dim, .codec = codec, .window = {0, 19}, .tokens_max = 300});
+        CheckShape({.n_heads = 6,
+                    .n_kv_heads = 2,
+                    .head_dim = head_dim,
+                    .codec = codec,
+                    .window = {0, 19},
+                    .tokens_max = 300});
       }
     }
   });
@@ -146,7 +167,13 @@ TEST(AttentionTest, EveryHighwayTarget) {
 class RowIndependenceTest : public testing::TestWithParam<Codec> {
  protected:
   WorldShape shape(int threads = 2) const {
-    return {.n_heads = 10, .n_kv_heads = 2, .codec = GetParam(), .window = {0, 40}, .rows_independent = true, .threads = threads, .judged = false};
+    return {.n_heads = 10,
+            .n_kv_heads = 2,
+            .codec = GetParam(),
+            .window = {0, 40},
+            .rows_independent = true,
+            .threads = threads,
+            .judged = false};
   }
   const Tokens tokens_ = RandomTokens(640, 8);
 };

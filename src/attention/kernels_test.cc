@@ -31,9 +31,9 @@ Row RunKernel(void (*kernel)(const RowArgs&), RowArgs args) {
   return row;
 }
 
-// Attention never picks the generic kernel for bf16 blocks where the CPU has a better one, so it is called here: on every
-// target within f32 rounding of one another (1e-4 of values of order 1 that are averages of at most 512), and the bf16
-// kernel within what it rounds: 2^-8 of weights and, times scores' spread of order 1, of queries.
+// Attention never picks the generic kernel for bf16 blocks where the CPU has a better one, so it is called here: on
+// every target within f32 rounding of one another (1e-4 of values of order 1 that are averages of at most 512), and the
+// bf16 kernel within what it rounds: 2^-8 of weights and, times scores' spread of order 1, of queries.
 TEST(KernelsTest, RowKernelsAgreeOnBf16Blocks) {
   for (const int head_dim : {16, 64, 80, 256}) {
     World world({.n_heads = 4, .n_kv_heads = 2, .head_dim = head_dim, .judged = false});
@@ -41,7 +41,8 @@ TEST(KernelsTest, RowKernelsAgreeOnBf16Blocks) {
     world.Step({{id, RandomTokens(200, 3)}});
     const kv::KvCache& cache = world.cache();
     const auto blocks = cache.blocks(id);
-    const std::vector<float> q = dense::RandomFloats(static_cast<size_t>(kGroupMax) * head_dim, 5, 1.44f / std::sqrt(static_cast<float>(head_dim)));
+    const std::vector<float> q = dense::RandomFloats(static_cast<size_t>(kGroupMax) * head_dim, 5,
+                                                     1.44f / std::sqrt(static_cast<float>(head_dim)));
     RowArgs args;
     args.run.layout = &cache.shape().layout;
     args.run.blocks = blocks.data();
@@ -59,13 +60,15 @@ TEST(KernelsTest, RowKernelsAgreeOnBf16Blocks) {
           args.last = last;
           args.position = blocks[last - 1].start + blocks[last - 1].tokens / 2;
           args.first = 0;
-          while (window != 0 && blocks[args.first].start + blocks[args.first].tokens <= args.position - window + 1) ++args.first;
+          while (window != 0 && blocks[args.first].start + blocks[args.first].tokens <= args.position - window + 1)
+            ++args.first;
           std::vector<Row> rows;
           dense::ForEachTarget([&] { rows.push_back(RunKernel(RowAttentionGeneric, args)); });
           if (HasAvx512Bf16()) rows.push_back(RunKernel(RowAttentionBf16, args));
           for (size_t r = 1; r < rows.size(); ++r) {
             const double tolerance = HasAvx512Bf16() && r + 1 == rows.size() ? 0.05 : 1e-4;
-            for (size_t i = 0; i < rows[0].out.size(); ++i) ASSERT_NEAR(rows[r].out[i], rows[0].out[i], tolerance) << "head_dim " << head_dim;
+            for (size_t i = 0; i < rows[0].out.size(); ++i)
+              ASSERT_NEAR(rows[r].out[i], rows[0].out[i], tolerance) << "head_dim " << head_dim;
             for (size_t i = 0; i < rows[0].max.size(); ++i) ASSERT_NEAR(rows[r].max[i], rows[0].max[i], tolerance);
           }
         }

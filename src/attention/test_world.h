@@ -35,8 +35,8 @@ struct WorldShape {
   bool rows_independent = false;
   bool norms = false;
   int threads = 2;
-  bool judged = true;   // false: only the bits of the results matter
-  float sharpness = 1;  // multiplies activations; large: one token takes all weight
+  bool judged = true;     // false: only the bits of the results matter
+  float sharpness = 1;    // multiplies activations; large: one token takes all weight
   int tokens_max = 1000;  // of all sequences together
   dense::Precision out = dense::Precision::kF32;
 };
@@ -58,13 +58,15 @@ class World {
     rope_.Ensure(shape.tokens_max + 1);
     const kv::KvShape kv{{shape.n_kv_heads, shape.head_dim, shape.codec}, shape.window};
     // Each token may stand alone in a block of the smallest class.
-    const size_t bytes = kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (4u << 20);
+    const size_t bytes =
+        kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (4u << 20);
     auto cache = kv::KvCache::Create(kv, kv::BlockCutter({1}), {bytes, true});
     EXPECT_TRUE(cache.ok()) << cache.status().ToString();
     cache_ = std::move(cache).value();
     // Fresh blocks hold NaN in every codec: whatever a kernel reads without having written it shows.
     std::memset(cache_->data(BlockId(0)), 0xff, cache_->stats().capacity_bytes);
-    heads_ = {shape.n_heads, shape.n_kv_heads, shape.head_dim, 1 / std::sqrt(static_cast<float>(shape.head_dim)), shape.neox};
+    heads_ = {shape.n_heads, shape.n_kv_heads, shape.head_dim, 1 / std::sqrt(static_cast<float>(shape.head_dim)),
+              shape.neox};
     attention_ = std::make_unique<Attention>(heads_, *cache_, shape.threads, shape.tokens_max, shape.rows_independent);
     norm_weights_ = dense::RandomFloats(2 * shape.head_dim, 99);
     bf16_kernels_ = HasAvx512Bf16() && shape.codec == codec::Codec::kBf16;
@@ -118,7 +120,9 @@ class World {
 
   const std::vector<float>& Qkv(uint64_t history, int layer) {
     std::vector<float>& row = qkv_[kv::MixContent(history, layer)];
-    if (row.empty()) row = dense::RandomFloats(static_cast<size_t>(heads_.d_q()) + 2 * heads_.d_kv(), kv::MixContent(history, layer), shape_.sharpness);
+    if (row.empty())
+      row = dense::RandomFloats(static_cast<size_t>(heads_.d_q()) + 2 * heads_.d_kv(), kv::MixContent(history, layer),
+                                shape_.sharpness);
     return row;
   }
 
@@ -143,7 +147,8 @@ class World {
   void Rotate(double* pairs, int position, double magnitude) {
     auto& angles = angles_[position];
     if (angles.empty()) {
-      for (int i = 0; i < n_pairs(); ++i) angles.emplace_back(std::cos(plain_rope_.Theta(i, position)), std::sin(plain_rope_.Theta(i, position)));
+      for (int i = 0; i < n_pairs(); ++i)
+        angles.emplace_back(std::cos(plain_rope_.Theta(i, position)), std::sin(plain_rope_.Theta(i, position)));
     }
     for (int i = 0; i < n_pairs(); ++i) {
       const double x = pairs[i];
@@ -155,18 +160,21 @@ class World {
 
   // K and V of positions [first, end). In f32 from the activations; in other codecs what the store holds of them, which
   // must be the activations rounded.
-  std::vector<Token> LoadTokens(const RowSpan& span, const std::vector<uint64_t>& histories, int layer, int first, int end) {
+  std::vector<Token> LoadTokens(const RowSpan& span, const std::vector<uint64_t>& histories, int layer, int first,
+                                int end) {
     const int head_dim = shape_.head_dim;
     const codec::BlockLayout& layout = cache_->shape().layout;
     std::vector<Token> tokens(end);
     std::vector<float> stored(heads_.d_kv());
     for (const kv::LogicalBlock& block : cache_->blocks(span.sequence)) {
       const size_t index = &block - cache_->blocks(span.sequence).data();
-      for (int position = std::max(first, block.start); position < std::min<int>(end, block.start + block.tokens); ++position) {
+      for (int position = std::max(first, block.start); position < std::min<int>(end, block.start + block.tokens);
+           ++position) {
         Token& token = tokens[position];
         const std::vector<float>& qkv = Qkv(histories[position], layer);
         for (int head = 0; head < shape_.n_kv_heads; ++head) {
-          std::vector<double> k = PairOrder(qkv.data() + heads_.d_q() + head * head_dim, shape_.norms ? norm_weights_.data() + head_dim : nullptr);
+          std::vector<double> k = PairOrder(qkv.data() + heads_.d_q() + head * head_dim,
+                                            shape_.norms ? norm_weights_.data() + head_dim : nullptr);
           Rotate(k.data(), position, plain_rope_.Magnitude());
           token.k.insert(token.k.end(), k.begin(), k.end());
         }
@@ -183,11 +191,13 @@ class World {
             stored_[i] = stored[from];
           }
           if (kind == kv::Kind::kK) {
-            for (int head = 0; head < shape_.n_kv_heads; ++head) Rotate(stored_.data() + head * head_dim, block.start, 1);
+            for (int head = 0; head < shape_.n_kv_heads; ++head)
+              Rotate(stored_.data() + head * head_dim, block.start, 1);
           }
           for (int i = 0; i < heads_.d_kv(); ++i) {
             const int other = i % head_dim < n_pairs() ? i + n_pairs() : i - n_pairs();
-            const double size = kind == kv::Kind::kK ? std::abs(values[i]) + std::abs(values[other]) : std::abs(values[i]);
+            const double size =
+                kind == kv::Kind::kK ? std::abs(values[i]) + std::abs(values[other]) : std::abs(values[i]);
             // f16 halves its relative precision below 2^-14 and so on; 2^-24 is its least step.
             ExpectStored(stored_[i], values[i], size * (unit + 8 * dense::kF32Unit) * 1.5 + 0x1p-24);
             if (testing::Test::HasFatalFailure()) return tokens;
@@ -199,7 +209,9 @@ class World {
     return tokens;
   }
 
-  static void ExpectStored(double stored, double expected, double tolerance) { ASSERT_NEAR(stored, expected, tolerance) << "in the store"; }
+  static void ExpectStored(double stored, double expected, double tolerance) {
+    ASSERT_NEAR(stored, expected, tolerance) << "in the store";
+  }
 
   void RunLayer(const std::vector<RowSpan>& spans, int rows, int layer) {
     const int width = heads_.d_q() + 2 * heads_.d_kv();
@@ -219,7 +231,8 @@ class World {
     std::vector<float> out(static_cast<size_t>(rows) * heads_.d_q(), NAN);
     std::vector<uint16_t> out16(out.size(), 0xffff);
     const bool bf16 = shape_.out == dense::Precision::kBf16;
-    attention_->Run(pool_, *cache_, layer, rope_, shape_.rope.magnitude(), {bf16 ? static_cast<void*>(out16.data()) : out.data(), shape_.out, rows, heads_.d_q()});
+    attention_->Run(pool_, *cache_, layer, rope_, shape_.rope.magnitude(),
+                    {bf16 ? static_cast<void*>(out16.data()) : out.data(), shape_.out, rows, heads_.d_q()});
     for (size_t i = 0; bf16 && i < out.size(); ++i) out[i] = F32FromBf16(out16[i]);
     for (size_t s = 0; s < spans.size(); ++s) {
       const RowSpan& span = spans[s];
@@ -233,7 +246,8 @@ class World {
         const uint64_t history = histories[s][span.position + r];
         results_[{history, layer}].assign(row, row + heads_.d_q());
         for (int head = 0; shape_.judged && head < shape_.n_heads; ++head) {
-          Judge(tokens, Qkv(history, layer), head, span.position + r, window, row + static_cast<ptrdiff_t>(head) * shape_.head_dim);
+          Judge(tokens, Qkv(history, layer), head, span.position + r, window,
+                row + static_cast<ptrdiff_t>(head) * shape_.head_dim);
           if (testing::Test::HasFatalFailure()) return;
         }
       }
@@ -241,15 +255,17 @@ class World {
   }
 
   // Where the tolerance comes from. A kernel's score is off by e_t, its weight by a factor of at most exp(2 max|e_t|)
-  // after normalisation, times 1 + u_p where weights are rounded to bf16 (the divisor is summed before that). So a channel
-  // is off by at most (exp(2e) - 1 + u_p) sum_t p_t |v_t|.
-  // In f32, e is the chain of head_dim additions plus rotation, each one unit of sum |q||k|. In bf16 each element of the
-  // rotated q (and, in tiles, of the re-rotated k) is rounded: independent errors of at most u |q_c k_c|, so a standard
-  // deviation of at most u / sqrt(3) sqrt(sum q_c^2 k_c^2); six of those bound all that a test will see.
-  void Judge(const std::vector<Token>& tokens, const std::vector<float>& qkv, int head, int position, int window, const float* out) {
+  // after normalisation, times 1 + u_p where weights are rounded to bf16 (the divisor is summed before that). So a
+  // channel is off by at most (exp(2e) - 1 + u_p) sum_t p_t |v_t|. In f32, e is the chain of head_dim additions plus
+  // rotation, each one unit of sum |q||k|. In bf16 each element of the rotated q (and, in tiles, of the re-rotated k)
+  // is rounded: independent errors of at most u |q_c k_c|, so a standard deviation of at most u / sqrt(3) sqrt(sum
+  // q_c^2 k_c^2); six of those bound all that a test will see.
+  void Judge(const std::vector<Token>& tokens, const std::vector<float>& qkv, int head, int position, int window,
+             const float* out) {
     const int head_dim = shape_.head_dim;
     const int kv_head = head / heads_.group();
-    std::vector<double> q = PairOrder(qkv.data() + static_cast<ptrdiff_t>(head) * head_dim, shape_.norms ? norm_weights_.data() : nullptr);
+    std::vector<double> q =
+        PairOrder(qkv.data() + static_cast<ptrdiff_t>(head) * head_dim, shape_.norms ? norm_weights_.data() : nullptr);
     Rotate(q.data(), position, plain_rope_.Magnitude());
     const int first = window == 0 ? 0 : std::max(0, position - window + 1);
     const double roundings = !bf16_kernels_ ? 0 : shape_.rows_independent ? 1 : 2;
@@ -264,7 +280,8 @@ class World {
       double squares = 0;
       for (int i = 0; i < n_pairs(); ++i) {
         score += q[i] * k[i] + q[n_pairs() + i] * k[n_pairs() + i];
-        const double both = (q[i] * q[i] + q[n_pairs() + i] * q[n_pairs() + i]) * (k[i] * k[i] + k[n_pairs() + i] * k[n_pairs() + i]);
+        const double both =
+            (q[i] * q[i] + q[n_pairs() + i] * q[n_pairs() + i]) * (k[i] * k[i] + k[n_pairs() + i] * k[n_pairs() + i]);
         size += std::sqrt(both);
         squares += both;
       }
@@ -276,10 +293,13 @@ class World {
     double total = 0;
     for (double& score : scores) total += score = std::exp(score - max);
     const double weight_unit = bf16_kernels_ ? dense::kBf16Unit : 0;
-    const double relative = std::expm1(2 * score_error) + weight_unit + static_cast<double>(scores.size() + 40) * dense::kF32Unit;
+    const double relative =
+        std::expm1(2 * score_error) + weight_unit + static_cast<double>(scores.size() + 40) * dense::kF32Unit;
     std::vector<double> sum(head_dim, 0.0);
     std::vector<double> magnitude(head_dim, 0.0);
-    const auto values = [&](size_t i) { return tokens[first + i].v.data() + static_cast<ptrdiff_t>(kv_head) * head_dim; };
+    const auto values = [&](size_t i) {
+      return tokens[first + i].v.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
+    };
     for (size_t i = 0; i < scores.size(); ++i) {
       const double p = scores[i] /= total;
       const double* v = values(i);
@@ -290,7 +310,8 @@ class World {
     }
     for (int c = 0; c < head_dim; ++c) {
       const double out_error = shape_.out == dense::Precision::kBf16 ? std::abs(sum[c]) * dense::kBf16Unit : 0;
-      ASSERT_NEAR(out[c], sum[c], relative * magnitude[c] + out_error * 1.1) << "head " << head << " channel " << c << " position " << position;
+      ASSERT_NEAR(out[c], sum[c], relative * magnitude[c] + out_error * 1.1)
+          << "head " << head << " channel " << c << " position " << position;
       const double error = out[c] - sum[c];
       worst_error_ = std::max(worst_error_, std::abs(error));
       squared_error_ += error * error;
@@ -302,7 +323,8 @@ class World {
       const double score_noise = scores[i] * noise[i];
       const double* v = values(i);
       for (int c = 0; c < head_dim; ++c) {
-        predicted_variance_ += weight_error * weight_error * v[c] * v[c] / 3 + score_noise * score_noise * (v[c] - sum[c]) * (v[c] - sum[c]);
+        predicted_variance_ += weight_error * weight_error * v[c] * v[c] / 3 +
+                               score_noise * score_noise * (v[c] - sum[c]) * (v[c] - sum[c]);
       }
     }
   }
@@ -337,7 +359,8 @@ inline World::Tokens RandomTokens(int n, uint64_t seed, int line = 12) {
 }
 
 inline World::Tokens Cut(const World::Tokens& tokens, int begin, int n) {
-  return {tokens.begin() + begin, tokens.begin() + std::min<ptrdiff_t>(begin + n, static_cast<ptrdiff_t>(tokens.size()))};
+  return {tokens.begin() + begin,
+          tokens.begin() + std::min<ptrdiff_t>(begin + n, static_cast<ptrdiff_t>(tokens.size()))};
 }
 
 }  // namespace jointkv::attention

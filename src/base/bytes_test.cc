@@ -34,7 +34,8 @@ TEST(BytesTest, ParsesWhatPeopleWrite) {
 }
 
 TEST(BytesTest, RefusesWhatIsNoSize) {
-  for (const char* text : {"", " ", "G", "-1", "-1M", "1X", "1MM", "1 2", "nan", "0x10", "1GiBs", "M1", "--", "1..2G"}) {
+  for (const char* text :
+       {"", " ", "G", "-1", "-1M", "1X", "1MM", "1 2", "nan", "0x10", "1GiBs", "M1", "--", "1..2G"}) {
     const Expected<size_t> bytes = ParseBytes(text);
     ASSERT_FALSE(bytes.ok()) << "'" << text << "' = " << *bytes;
     EXPECT_EQ(bytes.status().code(), StatusCode::kInvalidArgument) << text;

@@ -2,7 +2,10 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
+
+#include "base/checked.h"
 
 namespace jointkv {
 
@@ -12,6 +15,17 @@ HugeBuffer::HugeBuffer(size_t bytes) : size_(bytes) {
   if (base == MAP_FAILED) throw std::bad_alloc();
   madvise(base, bytes, MADV_HUGEPAGE);
   data_ = static_cast<std::byte*>(base);
+}
+
+std::byte* HugeArena::Allocate(size_t bytes) {
+  bytes = RoundUp<size_t>(bytes, 64);
+  if (chunks_.empty() || used_ + bytes > chunks_.back().size()) {
+    chunks_.emplace_back(std::max(bytes, kChunkBytes));
+    used_ = 0;
+  }
+  std::byte* range = chunks_.back().data() + used_;
+  used_ += bytes;
+  return range;
 }
 
 HugeBuffer::~HugeBuffer() {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <utility>
+#include <vector>
 
 namespace jointkv {
 
@@ -26,6 +27,19 @@ class HugeBuffer {
  private:
   std::byte* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// HugeArena: many long-lived ranges packed into few large buffers, so that ranges below the size of a huge page get one
+// too. Threads: one. Owns: the buffers; a range lives as long as its arena. Fails how: as HugeBuffer.
+class HugeArena {
+ public:
+  // Zeroed, aligned to a cache line.
+  std::byte* Allocate(size_t bytes);
+
+ private:
+  static constexpr size_t kChunkBytes = size_t{64} << 20;
+  std::vector<HugeBuffer> chunks_;
+  size_t used_ = 0;  // of the last chunk
 };
 
 }  // namespace jointkv

@@ -26,7 +26,7 @@ namespace {
 constexpr int kRowsMax = 12;  // 12 rows x 2 vectors: 24 of the 32 registers are sums
 
 template <int kRows>
-inline __attribute__((always_inline)) void Tile(const PanelArgs& args, const uint16_t* a, float* c, bool read_ahead) {
+inline __attribute__((always_inline)) void Tile(const PanelArgs& args, const uint16_t* a, float* c, const char* ahead, int ahead_step) {
   __m512 low[kRows];
   __m512 high[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -34,13 +34,13 @@ inline __attribute__((always_inline)) void Tile(const PanelArgs& args, const uin
     high[r] = args.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(args.bias + 16);
   }
   const auto* panel = static_cast<const uint16_t*>(args.panel);
-  const auto* next = static_cast<const char*>(args.next_panel);
   for (int i = 0; i < args.k / 2; ++i) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + static_cast<ptrdiff_t>(i) * 64);
     const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + static_cast<ptrdiff_t>(i) * 64 + 32);
-    if (read_ahead) {
-      _mm_prefetch(next + static_cast<ptrdiff_t>(i) * 128, _MM_HINT_T1);
-      _mm_prefetch(next + static_cast<ptrdiff_t>(i) * 128 + 64, _MM_HINT_T1);
+    if (ahead_step > 0) {
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      if (ahead_step > 64) _mm_prefetch(ahead + 64, _MM_HINT_T1);
+      ahead += ahead_step;
     }
     for (int r = 0; r < kRows; ++r) {
       int pair;
@@ -64,11 +64,11 @@ inline __attribute__((always_inline)) void Tile(const PanelArgs& args, const uin
 }
 
 template <int kRows>
-void RemainingTile(const PanelArgs& args, int rows, const uint16_t* a, float* c, bool read_ahead) {
+void RemainingTile(const PanelArgs& args, int rows, const uint16_t* a, float* c, const char* ahead, int ahead_step) {
   if (rows == kRows) {
-    Tile<kRows>(args, a, c, read_ahead);
+    Tile<kRows>(args, a, c, ahead, ahead_step);
   } else if constexpr (kRows > 1) {
-    RemainingTile<kRows - 1>(args, rows, a, c, read_ahead);
+    RemainingTile<kRows - 1>(args, rows, a, c, ahead, ahead_step);
   }
 }
 
@@ -77,15 +77,27 @@ void RemainingTile(const PanelArgs& args, int rows, const uint16_t* a, float* c,
 void PanelProductBf16(const PanelArgs& args) {
   const auto* a = static_cast<const uint16_t*>(args.a);
   float* c = args.c;
-  bool read_ahead = args.next_panel != nullptr;
-  int rows = args.rows;
-  for (; rows >= kRowsMax; rows -= kRowsMax) {
-    Tile<kRowsMax>(args, a, c, read_ahead);
-    read_ahead = false;
-    a += kRowsMax * args.lda;
-    c += kRowsMax * args.ldc;
+  // The next panel's lines are read ahead evenly by the first two tiles, so that memory is busy in all of a short product:
+  // two lines a step in a single tile, one where there are more. With so few rows that the product only streams, the
+  // processor's own prefetcher is faster alone (bench/dense_bench.cc).
+  constexpr int kStreamingRows = 6;
+  const auto* ahead = static_cast<const char*>(args.next_panel);
+  int ahead_step = ahead == nullptr || args.rows <= kStreamingRows ? 0 : args.rows <= kRowsMax ? 128 : 64;
+  int tiles_ahead = 2;
+  // Two tiles of equal height rather than a tall and a short one.
+  int height = kRowsMax;
+  if (args.rows > kRowsMax && args.rows < 2 * kRowsMax) height = (args.rows + 1) / 2;
+  for (int rows = args.rows; rows > 0; rows -= height) {
+    if (rows >= kRowsMax && height == kRowsMax) {
+      Tile<kRowsMax>(args, a, c, ahead, ahead_step);
+    } else {
+      RemainingTile<kRowsMax - 1>(args, std::min(rows, height), a, c, ahead, ahead_step);
+    }
+    a += height * args.lda;
+    c += height * args.ldc;
+    ahead += static_cast<ptrdiff_t>(ahead_step) * (args.k / 2);
+    if (--tiles_ahead == 0) ahead_step = 0;
   }
-  if (rows > 0) RemainingTile<kRowsMax - 1>(args, rows, a, c, read_ahead);
 }
 #include "base/avx512bf16_pop.h"
 #else

@@ -22,12 +22,12 @@ struct Product {
   bool accumulate = false;
   Precision precision = Precision::kF32;
 
-  std::vector<float> a = {};        // (kRowsMax, k)
-  std::vector<float> w = {};        // (cols, k)
-  std::vector<float> b = {};        // (kPanel)
-  std::vector<float> before = {};   // (kRowsMax, ldc)
+  std::vector<float> a = {};       // (kRowsMax, k)
+  std::vector<float> w = {};       // (cols, k)
+  std::vector<float> b = {};       // (kPanel)
+  std::vector<float> before = {};  // (kRowsMax, ldc)
   std::vector<uint16_t> a16 = {};
-  std::vector<float> panel = {};    // bf16 or f32
+  std::vector<float> panel = {};  // bf16 or f32
   int lda = 0;
   int ldc = 0;
 
@@ -84,7 +84,8 @@ struct Product {
         for (int i = 0; i < k; ++i) dot.Add(a[r * lda + i], w[static_cast<size_t>(j) * k + i]);
         if (bias) dot.Add(b[j], 1);
         if (accumulate) dot.Add(before[r * ldc + j], 1);
-        ASSERT_NEAR(value, dot.value, dot.Tolerance()) << "row " << r << " column " << j << " rows " << rows << " k " << k;
+        ASSERT_NEAR(value, dot.value, dot.Tolerance())
+            << "row " << r << " column " << j << " rows " << rows << " k " << k;
       }
     }
   }
@@ -94,7 +95,8 @@ struct Product {
     for (int first = 0; first < kRowsMax; ++first) {
       for (int rows = 1; first + rows <= kRowsMax; rows += 1 + rows / 3) {
         const std::vector<float> some = Run(first, rows);
-        ASSERT_TRUE(std::equal(some.begin(), some.begin() + static_cast<ptrdiff_t>(rows) * ldc, all.begin() + static_cast<ptrdiff_t>(first) * ldc))
+        ASSERT_TRUE(std::equal(some.begin(), some.begin() + static_cast<ptrdiff_t>(rows) * ldc,
+                               all.begin() + static_cast<ptrdiff_t>(first) * ldc))
             << rows << " rows from " << first;
       }
     }
@@ -106,7 +108,8 @@ void CheckProducts(Precision precision) {
   for (const int k : {2, 6, 64, 576}) {
     for (const int cols : {1, 7, 8, 15, 16, 17, 31, 32}) {
       for (const int flags : {0, 1, 2, 3}) {
-        Product product{.k = k, .cols = cols, .bias = (flags & 1) != 0, .accumulate = (flags & 2) != 0, .precision = precision};
+        Product product{
+            .k = k, .cols = cols, .bias = (flags & 1) != 0, .accumulate = (flags & 2) != 0, .precision = precision};
         product.Fill(seed += 10);
         for (int rows = 1; rows <= kRowsMax; ++rows) product.Check(rows);
         product.CheckRowsAreIndependent();

@@ -16,6 +16,14 @@ namespace {
 // Rows of x that one task multiplies with one panel: their bf16 form and the panel fit the second-level cache together.
 constexpr int kRowBlock = 192;
 
+// Few rows are bound by reading panels, and each thread reads ahead: give it a long run of neighbours. Large matrices are
+// cut finer, so that a thread that was put aside holds back less.
+int PanelRun(int n_panels, int threads) {
+  constexpr int kLongRun = 64;
+  const int tasks = n_panels >= 2 * kLongRun * threads ? n_panels / kLongRun : threads;
+  return CeilDiv(n_panels, tasks);
+}
+
 const ggml_type_traits_cpu& CpuTraits(ggml_type type) {
   static const bool ready = [] {
     ggml_cpu_init();
@@ -87,10 +95,11 @@ Expected<Linear> Linear::Create(std::span<const gguf::Tensor* const> parts, std:
   linear.panel_bytes_ = RoundUp<size_t>(static_cast<size_t>(linear.in_) * kPanel * element, 64);
   if (options.memory == WeightsMemory::kPacked) {
     const size_t bytes = linear.panel_bytes_ * linear.panels_.size();
-    linear.packed_ = HugeBuffer(bytes);
+    if (options.arena == nullptr) linear.own_ = HugeBuffer(bytes);
+    linear.packed_ = options.arena == nullptr ? linear.own_.data() : options.arena->Allocate(bytes);
     std::vector<std::vector<float>> rows(pool.size(), std::vector<float>(static_cast<size_t>(kPanel) * linear.in_));
     pool.ParallelFor(static_cast<int>(linear.panels_.size()), [&](int panel, int thread) {
-      linear.UnpackPanel(panel, rows[thread].data(), linear.packed_.data() + panel * linear.panel_bytes_);
+      linear.UnpackPanel(panel, rows[thread].data(), linear.packed_ + panel * linear.panel_bytes_);
     });
   }
   return linear;
@@ -109,7 +118,7 @@ void Linear::UnpackPanel(int index, float* rows, void* out) const {
 
 // `slot` (0 or 1): which half of the thread's lean scratch to use.
 const void* Linear::PanelData(int panel, int slot, LinearScratch& scratch, int thread) const {
-  if (options_.memory == WeightsMemory::kPacked) return packed_.data() + panel * panel_bytes_;
+  if (options_.memory == WeightsMemory::kPacked) return packed_ + panel * panel_bytes_;
   float* target = scratch.panel_[thread].data() + static_cast<size_t>(slot) * kPanel * in_;
   UnpackPanel(panel, scratch.unpacked_[thread].data(), target);
   return target;
@@ -131,7 +140,7 @@ void Linear::ProductOfPanel(int index, const void* data, const Activations& x, i
   if (options_.precision == Precision::kBf16) {
     args.a = x.bf16(first_row);
     if (options_.memory == WeightsMemory::kPacked && index + 1 < static_cast<int>(panels_.size())) {
-      args.next_panel = packed_.data() + (index + 1) * panel_bytes_;
+      args.next_panel = packed_ + (index + 1) * panel_bytes_;
     }
     PanelProductBf16(args);
   } else {
@@ -151,8 +160,7 @@ void Linear::Forward(ThreadPool& pool, LinearScratch& scratch, const Activations
   const int n_panels = static_cast<int>(panels_.size());
   const int row_blocks = CeilDiv(x.rows, kRowBlock);
   if (options_.memory == WeightsMemory::kLean || row_blocks == 1) {
-    // Few rows: runs of panels, long enough to be worth handing out.
-    const int run = options_.memory == WeightsMemory::kLean ? 1 : std::clamp(n_panels / (pool.size() * 6), 1, 16);
+    const int run = options_.memory == WeightsMemory::kLean ? 1 : PanelRun(n_panels, pool.size());
     pool.ParallelFor(CeilDiv(n_panels, run), [&](int task, int thread) {
       for (int panel = task * run; panel < std::min(n_panels, (task + 1) * run); ++panel) {
         const void* data = PanelData(panel, 0, scratch, thread);
@@ -180,22 +188,29 @@ void Linear::ForwardGated(ThreadPool& pool, LinearScratch& scratch, const Activa
   CHECK(x.precision == options_.precision);
   const int n_panels = static_cast<int>(panels_.size()) / 2;
   const int row_blocks = CeilDiv(x.rows, kRowBlock);
-  // In lean mode a panel is unpacked once for all row blocks.
-  const bool lean = options_.memory == WeightsMemory::kLean;
-  pool.ParallelFor(lean ? n_panels : n_panels * row_blocks, [&](int task, int thread) {
-    const int panel = task % n_panels;
-    const void* gate_data = PanelData(panel, 0, scratch, thread);
-    const void* value_data = PanelData(n_panels + panel, 1, scratch, thread);
-    const int cols = panels_[panel].cols;
-    const int column = panels_[panel].first_output;
+  // One task is a run of panels times a range of row blocks. Few rows: long runs, as in Forward. Lean: all row blocks, so
+  // that a panel is unpacked once.
+  const bool all_rows = options_.memory == WeightsMemory::kLean || row_blocks == 1;
+  const int run = row_blocks == 1 && options_.memory == WeightsMemory::kPacked ? PanelRun(n_panels, pool.size()) : 1;
+  const int runs = CeilDiv(n_panels, run);
+  pool.ParallelFor(all_rows ? runs : runs * row_blocks, [&](int task, int thread) {
     float* g = scratch.gated_[thread].data();
     float* u = g + static_cast<ptrdiff_t>(kRowBlock) * kPanel;
-    for (int block = task / n_panels; block < row_blocks; block += lean ? 1 : row_blocks) {
-      const int first = block * kRowBlock;
-      const int rows = std::min(kRowBlock, x.rows - first);
-      ProductOfPanel(panel, gate_data, x, first, rows, g, kPanel, false);
-      ProductOfPanel(n_panels + panel, value_data, x, first, rows, u, kPanel, false);
-      GatedProduct(gate, g, u, kPanel, rows, cols, y, first, column);
+    const int first_panel = task % runs * run;
+    for (int panel = first_panel; panel < std::min(n_panels, first_panel + run); ++panel) {
+      const void* gate_data = PanelData(panel, 0, scratch, thread);
+      const void* value_data = PanelData(n_panels + panel, 1, scratch, thread);
+      const int cols = panels_[panel].cols;
+      const int column = panels_[panel].first_output;
+      const int first_block = all_rows ? 0 : task / runs;
+      const int last_block = all_rows ? row_blocks : first_block + 1;
+      for (int block = first_block; block < last_block; ++block) {
+        const int first = block * kRowBlock;
+        const int rows = std::min(kRowBlock, x.rows - first);
+        ProductOfPanel(panel, gate_data, x, first, rows, g, kPanel, false);
+        ProductOfPanel(n_panels + panel, value_data, x, first, rows, u, kPanel, false);
+        GatedProduct(gate, g, u, kPanel, rows, cols, y, first, column);
+      }
     }
   });
 }

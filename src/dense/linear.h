@@ -32,6 +32,7 @@ enum class WeightsMemory { kPacked, kLean };
 struct LinearOptions {
   Precision precision = Precision::kF32;
   WeightsMemory memory = WeightsMemory::kPacked;
+  HugeArena* arena = nullptr;  // where packed panels go; null: a buffer of the Linear's own
 };
 
 // Memory that Forward needs besides its arguments. One per engine; Reserve before the first step, so that steps do not
@@ -59,7 +60,7 @@ class Linear {
 
   int in() const { return in_; }
   int out() const { return out_; }
-  size_t packed_bytes() const { return packed_.size(); }
+  size_t packed_bytes() const { return packed_ == nullptr ? 0 : panels_.size() * panel_bytes_; }
   // Whether ggml can multiply every part as it is; otherwise only the packed way exists.
   bool has_quantised() const { return has_quantised_; }
   Precision precision() const { return options_.precision; }
@@ -101,7 +102,8 @@ class Linear {
   std::vector<Part> parts_;
   std::vector<Panel> panels_;
   std::vector<float> bias_;  // (panels, kPanel); empty: none
-  HugeBuffer packed_;  // (panels, panel_bytes_); empty in lean mode
+  std::byte* packed_ = nullptr;  // (panels, panel_bytes_); null in lean mode
+  HugeBuffer own_;               // holds packed_ without an arena
   size_t panel_bytes_ = 0;
   bool has_quantised_ = true;
 };

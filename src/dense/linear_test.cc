@@ -75,7 +75,8 @@ class Model {
   int out() const { return linear_.out(); }
   Precision precision() const { return options_.precision; }
 
-  std::vector<float> Forward(int threads, const Activations& x, int quantised_rows, const std::vector<float>* before = nullptr) {
+  std::vector<float> Forward(int threads, const Activations& x, int quantised_rows,
+                             const std::vector<float>* before = nullptr) {
     ThreadPool pool(threads);
     std::vector<float> y(static_cast<size_t>(x.rows) * out(), -3.0f);
     if (before != nullptr) y.assign(before->begin(), before->begin() + static_cast<ptrdiff_t>(y.size()));
@@ -113,7 +114,8 @@ class Model {
 
 // Rows of activations, exactly representable in `precision`.
 struct Rows {
-  Rows(Precision precision, int rows, int cols, uint64_t seed = 5) : values(RandomFloats(static_cast<size_t>(rows) * cols, seed)) {
+  Rows(Precision precision, int rows, int cols, uint64_t seed = 5)
+      : values(RandomFloats(static_cast<size_t>(rows) * cols, seed)) {
     if (precision == Precision::kBf16) {
       RoundToBf16(values);
       values16 = ToBf16(values);
@@ -181,9 +183,11 @@ TEST(LinearTest, ARowIsTheSameInAnyBatchOnAnyThreadsPackedOrLean) {
     for (const int threads : {1, 2, 3}) {
       EXPECT_EQ(packed.Forward(threads, x.view, 0), all);
       EXPECT_EQ(lean.Forward(threads, x.view, 0), all);
-      for (const auto& [first, n] : std::vector<std::pair<int, int>>{{0, 1}, {499, 1}, {191, 2}, {100, 12}, {7, 13}, {3, 193}, {1, 384}}) {
+      for (const auto& [first, n] :
+           std::vector<std::pair<int, int>>{{0, 1}, {499, 1}, {191, 2}, {100, 12}, {7, 13}, {3, 193}, {1, 384}}) {
         const std::vector<float> some = packed.Forward(threads, x.Slice(first, n), 0);
-        EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first) * packed.out())) << first << " " << n;
+        EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first) * packed.out()))
+            << first << " " << n;
         EXPECT_EQ(lean.Forward(threads, x.Slice(first, n), 0), some);
       }
     }
@@ -224,9 +228,9 @@ ggml_type ActivationType(ggml_type type) {
 // No product may be off by more than half a step of every activation, and all of them together by no more than rounding
 // noise of variance step^2 / 12 for each activation explains. `slack`: scales kept in f16, sums of 32 kept in f16.
 TEST(LinearTest, QuantisedIsTheProductUpToTheActivationStep) {
-  for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
-                               GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
-                               GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
+  for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,
+                               GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
+                               GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
     Model model({{type, 75, true}, {type, 40, false}}, {Precision::kF32, WeightsMemory::kPacked});
     ASSERT_TRUE(model.linear().has_quantised()) << ggml_type_name(type);
     const Rows x(Precision::kF32, 9, kIn);
@@ -245,7 +249,8 @@ TEST(LinearTest, QuantisedIsTheProductUpToTheActivationStep) {
         }
         const double slack = type == GGML_TYPE_F32 ? 0 : dot.magnitude * 0x1p-9;
         const double error = y[static_cast<size_t>(r) * model.out() + o] - dot.value;
-        ASSERT_LE(std::abs(error), worst + slack + dot.Tolerance()) << ggml_type_name(type) << " row " << r << " output " << o;
+        ASSERT_LE(std::abs(error), worst + slack + dot.Tolerance())
+            << ggml_type_name(type) << " row " << r << " output " << o;
         squared_error += error * error;
         variance += std::pow(dot.Tolerance(), 2);
       }
@@ -273,14 +278,16 @@ TEST(LinearTest, QuantisedRowsAreIndependent) {
 
 // All four parts want another type of activations, more than one f32 copy's bytes.
 TEST(LinearTest, QuantisedPartsOfManyTypes) {
-  const std::vector<Part> parts = {{GGML_TYPE_F16, 20}, {GGML_TYPE_BF16, 20}, {GGML_TYPE_Q4_1, 20}, {GGML_TYPE_Q4_K, 20}};
+  const std::vector<Part> parts = {
+      {GGML_TYPE_F16, 20}, {GGML_TYPE_BF16, 20}, {GGML_TYPE_Q4_1, 20}, {GGML_TYPE_Q4_K, 20}};
   Model model(parts, {Precision::kF32, WeightsMemory::kPacked});
   const Rows x(Precision::kF32, 64, kIn);
   const std::vector<float> y = model.Forward(2, x.view, 64);
   for (int r = 0; r < 64; ++r) {
     for (int o = 0; o < model.out(); ++o) {
       const Dot dot = model.Reference(x.row(r), o);
-      ASSERT_NEAR(y[static_cast<size_t>(r) * model.out() + o], dot.value, dot.magnitude * 0.02) << "row " << r << " output " << o;
+      ASSERT_NEAR(y[static_cast<size_t>(r) * model.out() + o], dot.value, dot.magnitude * 0.02)
+          << "row " << r << " output " << o;
     }
   }
 }

@@ -11,10 +11,13 @@ namespace jointkv::dense {
 namespace {
 
 struct Output {
-  Output(Precision precision, int rows, int cols) : f32(static_cast<size_t>(rows) * cols, -7.0f), bf16(f32.size(), 0x7777) {
+  Output(Precision precision, int rows, int cols)
+      : f32(static_cast<size_t>(rows) * cols, -7.0f), bf16(f32.size(), 0x7777) {
     view = {precision == Precision::kBf16 ? static_cast<void*>(bf16.data()) : f32.data(), precision, rows, cols};
   }
-  float at(int row, int col) const { return view.precision == Precision::kBf16 ? F32FromBf16(view.bf16(row)[col]) : view.f32(row)[col]; }
+  float at(int row, int col) const {
+    return view.precision == Precision::kBf16 ? F32FromBf16(view.bf16(row)[col]) : view.f32(row)[col];
+  }
   // Half a unit in the last place of the stored type, relative.
   double unit() const { return view.precision == Precision::kBf16 ? kBf16Unit : kF32Unit; }
 
@@ -49,7 +52,8 @@ TEST(OpsTest, RmsNorm) {
             const double inverse = InverseRms(x.data() + r * n, n, 1e-5f);
             for (int i = 0; i < n; ++i) {
               const double expected = x[r * n + i] * inverse * weight[i];
-              ASSERT_NEAR(y.at(r, i), expected, std::abs(expected) * (NormUnits(n) * kF32Unit + y.unit())) << "n " << n << " column " << i;
+              ASSERT_NEAR(y.at(r, i), expected, std::abs(expected) * (NormUnits(n) * kF32Unit + y.unit()))
+                  << "n " << n << " column " << i;
             }
           }
         }
@@ -96,7 +100,8 @@ TEST(OpsTest, AddRmsNorm) {
         for (int i = 0; i < n; ++i) {
           const double added = y[r * n + i] * inverse * weight[i];
           const double expected = before[r * n + i] + added;
-          ASSERT_NEAR(x[r * n + i], expected, std::abs(added) * NormUnits(n) * kF32Unit + std::abs(expected) * kF32Unit) << "n " << n;
+          ASSERT_NEAR(x[r * n + i], expected, std::abs(added) * NormUnits(n) * kF32Unit + std::abs(expected) * kF32Unit)
+              << "n " << n;
         }
       }
     }
@@ -118,7 +123,8 @@ double ActivationTolerance(Gate gate, double g) {
 TEST(OpsTest, GatedProduct) {
   // Ordinary values and the far ends, where exp() overflows.
   std::vector<float> gates = RandomFloats(60, 1, 4);
-  for (const float far : {0.0f, 0.5f, 5.0f, 10.0f, 13.5f, 20.0f, 50.0f, 88.0f, 90.0f, 104.0f, 120.0f, 178.0f, 200.0f, 1000.0f, 3e4f, 1e6f}) {
+  for (const float far : {0.0f, 0.5f, 5.0f, 10.0f, 13.5f, 20.0f, 50.0f, 88.0f, 90.0f, 104.0f, 120.0f, 178.0f, 200.0f,
+                          1000.0f, 3e4f, 1e6f}) {
     gates.push_back(far);
     gates.push_back(-far);
   }
@@ -145,8 +151,10 @@ TEST(OpsTest, GatedProduct) {
             const float gate_value = g[(r - 1) * ld + c - 4];
             const float value = u[(r - 1) * ld + c - 4];
             const double expected = Activation(gate, gate_value) * value;
-            const double tolerance = ActivationTolerance(gate, gate_value) * std::abs(value) + std::abs(expected) * y.unit();
-            ASSERT_NEAR(y.at(r, c), expected, tolerance) << "gate " << static_cast<int>(gate) << " of " << gate_value << " times " << value;
+            const double tolerance =
+                ActivationTolerance(gate, gate_value) * std::abs(value) + std::abs(expected) * y.unit();
+            ASSERT_NEAR(y.at(r, c), expected, tolerance)
+                << "gate " << static_cast<int>(gate) << " of " << gate_value << " times " << value;
           }
         }
       }
@@ -160,7 +168,8 @@ TEST(OpsTest, SoftCap) {
   ForEachTarget([&] {
     for (const size_t n : {size_t{1}, size_t{15}, size_t{37}, size_t{40000}}) {
       std::vector<float> before = RandomFloats(n, n, 40);
-      for (size_t i = 0; i < n; i += 11) before[i] = (i % 2 == 0 ? 1.0f : -1.0f) * std::pow(10.0f, static_cast<float>(i % 8) - 1);
+      for (size_t i = 0; i < n; i += 11)
+        before[i] = (i % 2 == 0 ? 1.0f : -1.0f) * std::pow(10.0f, static_cast<float>(i % 8) - 1);
       std::vector<float> x = before;
       SoftCap(pool, 30, x.data(), n);
       for (size_t i = 0; i < n; ++i) {

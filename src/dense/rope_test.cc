@@ -34,9 +34,11 @@ std::vector<RopeCase> Cases() {
                     .n_ctx_orig = 32768},
                    {}});
   std::vector<float> factors(32);
-  for (size_t i = 0; i < factors.size(); ++i) factors[i] = i < 12 ? 1.0f : i < 20 ? 1.0f + 0.8f * static_cast<float>(i - 11) : 8.0f;
+  for (size_t i = 0; i < factors.size(); ++i)
+    factors[i] = i < 12 ? 1.0f : i < 20 ? 1.0f + 0.8f * static_cast<float>(i - 11) : 8.0f;
   cases.push_back({{.n_rot = 64, .freq_base = 500000}, factors});
-  cases.push_back({{.n_rot = 64, .freq_base = 10000, .freq_scale = 0.5f, .ext_factor = 1, .n_ctx_orig = 2048}, factors});
+  cases.push_back(
+      {{.n_rot = 64, .freq_base = 10000, .freq_scale = 0.5f, .ext_factor = 1, .n_ctx_orig = 2048}, factors});
   return cases;
 }
 
@@ -52,8 +54,10 @@ TEST(RopeTest, TableIsGgmlsFormula) {
     for (const int position : {0, 1, 2, 31, 32, 511, 512, 1000, 4095, 20000}) {
       for (int pair = 0; pair < table.n_pairs(); ++pair) {
         const double theta = plain.Theta(pair, position);
-        ASSERT_NEAR(table.cos(position)[pair], std::cos(theta) * plain.Magnitude(), tolerance) << "pair " << pair << " position " << position;
-        ASSERT_NEAR(table.sin(position)[pair], std::sin(theta) * plain.Magnitude(), tolerance) << "pair " << pair << " position " << position;
+        ASSERT_NEAR(table.cos(position)[pair], std::cos(theta) * plain.Magnitude(), tolerance)
+            << "pair " << pair << " position " << position;
+        ASSERT_NEAR(table.sin(position)[pair], std::sin(theta) * plain.Magnitude(), tolerance)
+            << "pair " << pair << " position " << position;
       }
     }
   }
@@ -68,12 +72,14 @@ TEST(RopeTest, GrowingKeepsRows) {
   stepwise.Ensure(3000);
   stepwise.Ensure(10);
   for (int position = 0; position < 3000; ++position) {
-    ASSERT_TRUE(std::equal(once.cos(position), once.cos(position) + 2 * once.n_pairs(), stepwise.cos(position))) << position;
+    ASSERT_TRUE(std::equal(once.cos(position), once.cos(position) + 2 * once.n_pairs(), stepwise.cos(position)))
+        << position;
   }
 }
 
 // Score of a query at q_position and a key at k_position, from the table, summed in double.
-double Score(const RopeTable& table, const std::vector<float>& q, const std::vector<float>& k, int q_position, int k_position) {
+double Score(const RopeTable& table, const std::vector<float>& q, const std::vector<float>& k, int q_position,
+             int k_position) {
   const int n = table.n_pairs();
   double score = 0;
   for (int i = 0; i < n; ++i) {
@@ -81,13 +87,15 @@ double Score(const RopeTable& table, const std::vector<float>& q, const std::vec
     const double qs = table.sin(q_position)[i];
     const double kc = table.cos(k_position)[i];
     const double ks = table.sin(k_position)[i];
-    score += (q[i] * qc - q[n + i] * qs) * (k[i] * kc - k[n + i] * ks) + (q[i] * qs + q[n + i] * qc) * (k[i] * ks + k[n + i] * kc);
+    score += (q[i] * qc - q[n + i] * qs) * (k[i] * kc - k[n + i] * ks) +
+             (q[i] * qs + q[n + i] * qc) * (k[i] * ks + k[n + i] * kc);
   }
   return score;
 }
 
 // Position-free keys: the query at p - b against the key at its offset o is the query at p against the key at b + o.
-// Each score takes four table entries, each half a unit off, per pair: at most 4 sqrt(2) units of |q| |k| on either side.
+// Each score takes four table entries, each half a unit off, per pair: at most 4 sqrt(2) units of |q| |k| on either
+// side.
 TEST(RopeTest, PositionFreeScoresAreAbsoluteScores) {
   for (const RopeCase& c : Cases()) {
     RopeTable table(c.rope, c.freq_factors);
@@ -101,7 +109,8 @@ TEST(RopeTest, PositionFreeScoresAreAbsoluteScores) {
     for (const int start : {0, 5, 32, 999, 4000}) {
       for (const int offset : {0, 1, 17, 31}) {
         for (const int position : {start + offset, start + 31, start + 32, 4100}) {
-          EXPECT_NEAR(Score(table, q, k, position - start, offset), Score(table, q, k, position, start + offset), tolerance);
+          EXPECT_NEAR(Score(table, q, k, position - start, offset), Score(table, q, k, position, start + offset),
+                      tolerance);
         }
       }
     }

@@ -46,8 +46,9 @@ Status ApplyForcedTarget() {
     }
     known += (known.empty() ? "" : ", ") + LowerName(target);
   }
-  return {StatusCode::kInvalidArgument, "JOINTKV_TARGET '" + forced + "': this program can run " + known + " here" +
-                                            (forced == kAvx512Bf16 ? ", not avx512bf16" : ", and avx512bf16 if the CPU has it")};
+  return {StatusCode::kInvalidArgument,
+          "JOINTKV_TARGET '" + forced + "': this program can run " + known + " here" +
+              (forced == kAvx512Bf16 ? ", not avx512bf16" : ", and avx512bf16 if the CPU has it")};
 }
 
 }  // namespace jointkv::dense

@@ -1,8 +1,8 @@
-// Which SIMD targets the kernels can run on, and the JOINTKV_TARGET environment variable (base/cpu.h), which limits them:
-// to see a lesser CPU's results, or to leave out a target that misbehaves.
+// Which SIMD targets the kernels can run on, and the JOINTKV_TARGET environment variable (base/cpu.h), which limits
+// them: to see a lesser CPU's results, or to leave out a target that misbehaves.
 //
-// Threads: ApplyForcedTarget once, before any compute. Owns: nothing. Fails how: kInvalidArgument for a name that is not
-// a target of this build on this CPU; Highway then chooses as if the variable were unset.
+// Threads: ApplyForcedTarget once, before any compute. Owns: nothing. Fails how: kInvalidArgument for a name that is
+// not a target of this build on this CPU; Highway then chooses as if the variable were unset.
 #pragma once
 
 #include <string>

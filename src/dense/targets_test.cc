@@ -46,13 +46,15 @@ TEST_F(TargetsDeathTest, ALesserTargetLimitsEveryDispatch) {
 TEST_F(TargetsDeathTest, UnknownNamesAreRefused) {
   EXPECT_EXIT(RunForced("avx9",
                         [](const Status& status) {
-                          return status.code() == StatusCode::kInvalidArgument && status.message().find("'avx9'") != std::string::npos;
+                          return status.code() == StatusCode::kInvalidArgument &&
+                                 status.message().find("'avx9'") != std::string::npos;
                         }),
               testing::ExitedWithCode(0), "");
 }
 
 TEST_F(TargetsDeathTest, TheBestTargetNeedsTheCpu) {
-  EXPECT_EXIT(RunForced("avx512bf16", [](const Status& status) { return status.ok() == HasAvx512Bf16(); }), testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(RunForced("avx512bf16", [](const Status& status) { return status.ok() == HasAvx512Bf16(); }),
+              testing::ExitedWithCode(0), "");
 }
 
 TEST(TargetsTest, NamesAreDistinct) {

@@ -59,10 +59,11 @@ class ForcedTargetEnvironment : public testing::Environment {
     ASSERT_TRUE(status.ok()) << status.ToString();
   }
 };
-inline testing::Environment* const kForcedTargetEnvironment = testing::AddGlobalTestEnvironment(new ForcedTargetEnvironment);
+inline testing::Environment* const kForcedTargetEnvironment =
+    testing::AddGlobalTestEnvironment(new ForcedTargetEnvironment);
 
-// A sum of products and what a chain of float additions may be off by: each of n additions rounds by at most one unit of
-// a partial sum, which is at most the sum of magnitudes (Higham, Accuracy and Stability, section 3.1).
+// A sum of products and what a chain of float additions may be off by: each of n additions rounds by at most one unit
+// of a partial sum, which is at most the sum of magnitudes (Higham, Accuracy and Stability, section 3.1).
 struct Dot {
   double value = 0;
   double magnitude = 0;

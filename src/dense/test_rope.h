@@ -34,7 +34,8 @@ struct PlainRope {
 
  private:
   double CorrectionDimension(double turns) const {
-    return rope.n_rot * std::log(rope.n_ctx_orig / (turns * 2 * std::numbers::pi)) / (2 * std::log(static_cast<double>(rope.freq_base)));
+    return rope.n_rot * std::log(rope.n_ctx_orig / (turns * 2 * std::numbers::pi)) /
+           (2 * std::log(static_cast<double>(rope.freq_base)));
   }
 };
 

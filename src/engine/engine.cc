@@ -56,7 +56,7 @@ struct Engine::Sequence {
 // Requests of one domain wait in order; domains take turns by what they were given so far.
 struct Engine::Tenant {
   std::deque<std::unique_ptr<Sequence>> waiting;
-  int64_t served_tokens = 0;
+  int64_t served_tokens = 0;  // prompts admitted and tokens given
 };
 
 Engine::Engine(const EngineOptions& options) : options_(options) {}
@@ -159,14 +159,18 @@ Expected<RequestId> Engine::Submit(Request request) {
   sequence->forked = state->request.sampling.n == 1;
   model_->EnsurePositions(longest + 1);
   const RequestId id = state->id;
-  tenants_[state->request.domain].waiting.push_back(std::move(sequence));
+  Tenant& tenant = tenants_[state->request.domain];
+  if (tenant.waiting.empty()) tenant.served_tokens = std::max(tenant.served_tokens, fair_clock_);
+  tenant.waiting.push_back(std::move(sequence));
   requests_.emplace(id, std::move(state));
   return id;
 }
 
 void Engine::Cancel(RequestId id) {
   const auto found = requests_.find(id);
-  if (found != requests_.end()) found->second->cancelled = true;
+  if (found == requests_.end()) return;
+  found->second->cancelled = true;
+  any_cancelled_ = true;
 }
 
 bool Engine::idle() const { return requests_.empty(); }
@@ -179,8 +183,9 @@ EngineStats Engine::stats() const {
 }
 
 bool Engine::Step(std::vector<Event>& events) {
+  const size_t events_before = events.size();
   DropCancelled(events);
-  if (requests_.empty()) return false;
+  if (requests_.empty()) return events.size() != events_before;
   const double start_s = MonotonicSeconds();
   Admit();
   Plan();
@@ -188,14 +193,13 @@ bool Engine::Step(std::vector<Event>& events) {
     // Nothing could be planned: the oldest sequence does not fit although it is alone.
     CHECK(running_.size() <= 1);
     for (auto& sequence : running_) {
-      Event event;
-      event.error = Status(StatusCode::kResourceExhausted, "request: KV memory of " + FormatBytes(cache_->stats().capacity_bytes) +
-                                                               " is full at " + std::to_string(sequence->tokens.size()) + " tokens");
-      FinishSequence(*sequence, FinishReason::kError, event);
-      events.push_back(std::move(event));
+      EndSequence(*sequence, FinishReason::kError,
+                  Status(StatusCode::kResourceExhausted, "request: KV memory of " + FormatBytes(cache_->stats().capacity_bytes) + " is full at " +
+                                                             std::to_string(sequence->tokens.size()) + " tokens"),
+                  events);
     }
     RemoveFinished();
-    return !requests_.empty();
+    return true;
   }
   Forward();
   UpdatePeaks();
@@ -214,13 +218,10 @@ bool Engine::Step(std::vector<Event>& events) {
 }
 
 void Engine::DropCancelled(std::vector<Event>& events) {
+  if (!any_cancelled_) return;
+  any_cancelled_ = false;
   const auto end = [&](Sequence& sequence) {
-    if (!sequence.request->cancelled || sequence.finished) return;
-    Event event;
-    // Choices that were never forked off end with the first.
-    FinishSequence(sequence, FinishReason::kCancelled, event);
-    if (!sequence.forked) sequence.request->open_choices = 0;
-    events.push_back(std::move(event));
+    if (sequence.request->cancelled) EndSequence(sequence, FinishReason::kCancelled, Status::Ok(), events);
   };
   for (auto& sequence : running_) end(*sequence);
   for (auto& [domain, tenant] : tenants_) {
@@ -274,6 +275,7 @@ bool Engine::AdmitNext() {
     request.cached_tokens = sequence.computed;
     stats_.prompt_tokens += static_cast<int64_t>(request.request.prompt.size());
     stats_.prefix_cached_tokens += sequence.computed;
+    fair_clock_ = std::max(fair_clock_, tenant->served_tokens);
     tenant->served_tokens += static_cast<int64_t>(request.request.prompt.size());
   }
   running_.push_back(std::move(tenant->waiting.front()));
@@ -285,18 +287,20 @@ bool Engine::AdmitNext() {
 void Engine::Plan() {
   planned_.clear();
   for (auto& sequence : running_) sequence->planned_rows = 0;
-  int budget = model_->max_rows();
+  int decoding = 0;
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (running_[i]->Remaining() == 1 && Reserve(*running_[i], 1)) --budget;
+    if (running_[i]->Remaining() == 1) decoding += Reserve(*running_[i], 1);
   }
-  budget = std::min(budget, options_.step_tokens);
+  // Prompts go on by a row also where decoding takes the whole budget.
+  int budget = std::max(1, options_.step_tokens - decoding);
   for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
     Sequence& sequence = *running_[i];
     if (sequence.planned_rows > 0 || sequence.Remaining() <= 1) continue;
     int rows = std::min(budget, sequence.Remaining());
     // A rest of one row would count as decoding next time, before older prompts: take one row less instead.
     if (sequence.Remaining() - rows == 1 && rows > 1) --rows;
-    if (!Reserve(sequence, rows)) break;
+    rows = Reserve(sequence, rows);
+    if (rows == 0) break;
     budget -= rows;
   }
   step_tokens_.clear();
@@ -317,17 +321,21 @@ void Engine::Plan() {
   }
 }
 
-// Reserves slots for the next rows of a sequence, preempting younger ones until they fit. False when the sequence itself
-// had to go, or stands alone and does not fit.
-bool Engine::Reserve(Sequence& sequence, int rows) {
-  const auto tokens = std::span<const TokenId>(sequence.tokens).subspan(sequence.computed, rows);
-  while (!cache_->Append(sequence.kv, tokens)) {
+// Reserves slots for the next rows of a sequence, preempting younger ones until they fit, and returns how many rows. 0
+// when the sequence itself had to go, or stands alone and not one fits; fewer than asked only when it stands alone
+// (sliding windows may give back blocks between shorter steps).
+int Engine::Reserve(Sequence& sequence, int rows) {
+  const auto tokens = std::span<const TokenId>(sequence.tokens).subspan(sequence.computed);
+  while (rows > 0 && !cache_->Append(sequence.kv, tokens.first(rows))) {
     if (PreemptYoungest(sequence)) continue;
-    if (running_.size() > 1) Preempt(sequence);
-    return false;
+    if (running_.size() > 1) {
+      Preempt(sequence);
+      return 0;
+    }
+    rows /= 2;
   }
   sequence.planned_rows = rows;
-  return true;
+  return rows;
 }
 
 // Preempts the youngest running sequence that is younger than `keep`.
@@ -414,9 +422,7 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   event.choice = sequence.choice;
   const TokenId token = sequence.sampler.Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr);
   if (token == Sampler::kNoToken) {
-    event.error = Status(StatusCode::kInternal, "request: the model gave no finite logit");
-    FinishSequence(sequence, FinishReason::kError, event);
-    events.push_back(std::move(event));
+    EndSequence(sequence, FinishReason::kError, Status(StatusCode::kInternal, "request: the model gave no finite logit"), events);
     return;
   }
   const double now_s = MonotonicSeconds();
@@ -462,10 +468,25 @@ void Engine::FinishSequence(Sequence& sequence, FinishReason reason, Event& even
   if (sequence.kv.valid()) cache_->Free(sequence.kv);
   sequence.kv = SequenceId();
   sequence.finished = true;
+  any_finished_ = true;
   --request.open_choices;
 }
 
+// Ends the choices that a sequence stands for without a token: its own, and before the fork those to come.
+void Engine::EndSequence(Sequence& sequence, FinishReason reason, const Status& error, std::vector<Event>& events) {
+  const int choices = sequence.forked ? 1 : sequence.request->request.sampling.n;
+  for (int i = 0; i < choices; ++i) {
+    Event event;
+    event.error = error;
+    FinishSequence(sequence, reason, event);
+    event.choice += i;
+    events.push_back(std::move(event));
+  }
+}
+
 void Engine::RemoveFinished() {
+  if (!any_finished_) return;
+  any_finished_ = false;
   std::erase_if(running_, [](const auto& sequence) { return sequence->finished; });
   std::erase_if(requests_, [](const auto& item) { return item.second->open_choices <= 0; });
 }

@@ -51,7 +51,8 @@ class Engine {
   // Ends a request; its blocks are free after the next Step. Unknown ids are ignored: it may just have finished.
   void Cancel(RequestId request);
 
-  // One step. Appends what happened to `events`. False when there was nothing to do.
+  // One step. Appends what happened to `events`; each choice of a request gets one event with a finish reason. False
+  // when there was nothing to do, and no event.
   bool Step(std::vector<Event>& events);
   bool idle() const;
 
@@ -79,7 +80,7 @@ class Engine {
   bool AdmitNext();
   Tenant* NextTenant();
   void Plan();
-  bool Reserve(Sequence& sequence, int rows);
+  int Reserve(Sequence& sequence, int rows);
   bool PreemptYoungest(const Sequence& keep);
   void Preempt(Sequence& sequence);
   void Forward();
@@ -87,6 +88,7 @@ class Engine {
   void ForkChoices(Sequence& first);
   void SampleOne(Sequence& sequence, std::span<float> logits, std::vector<Event>& events);
   void FinishSequence(Sequence& sequence, FinishReason reason, Event& event);
+  void EndSequence(Sequence& sequence, FinishReason reason, const Status& error, std::vector<Event>& events);
   void RemoveFinished();
   void DropCancelled(std::vector<Event>& events);
   size_t PendingBytes() const;
@@ -105,6 +107,9 @@ class Engine {
   std::map<RequestId, std::unique_ptr<RequestState>> requests_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in order of admission
   int32_t next_request_ = 0;
+  int64_t fair_clock_ = 0;  // served_tokens of the domain admitted last: who was idle starts from here, not from the past
+  bool any_cancelled_ = false;
+  bool any_finished_ = false;
 
   // The present step.
   struct PlannedSpan {

@@ -31,6 +31,7 @@ Model::Model(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOp
   const bool f32_file = file.quantization() == "f32";
   linear_options_.precision = options.precision.value_or(f32_file ? dense::Precision::kF32 : dense::NativePrecision());
   linear_options_.memory = options.weights_memory;
+  linear_options_.arena = &weights_;
   rope_ = dense::RopeTable(hp_.rope, hp_.rope_freq_factors);
   rope_swa_ = dense::RopeTable(hp_.rope_swa, {});
   EnsurePositions(codec::kBlockTokensMax);
@@ -118,20 +119,24 @@ void Model::ChooseQuantisedRows(std::span<const dense::Linear* const> layers) {
     quantised_rows_ = *options_.quantised_rows;
     return;
   }
-  constexpr int kPackedRows = 4;  // packed time hardly depends on so few rows
-  std::vector<float> y(static_cast<size_t>(kPackedRows) * layers[0]->out());
-  const auto sweep = [&](dense::Activations activations, int quantised_rows) {
+  std::vector<float> y(static_cast<size_t>(kQuantisedRowsMax) * layers[0]->out());
+  const auto sweep = [&](dense::Precision precision, int rows, int quantised_rows) {
     double best_s = 1e9;
     for (int repeat = 0; repeat < 3; ++repeat) {
+      const dense::Activations x = {norm_.data(), precision, rows, hp_.d_model};
       const double start_s = MonotonicSeconds();
-      for (const dense::Linear* layer : layers) layer->Forward(pool_, scratch_, activations, quantised_rows, y.data());
+      for (const dense::Linear* layer : layers) layer->Forward(pool_, scratch_, x, quantised_rows, y.data());
       best_s = std::min(best_s, MonotonicSeconds() - start_s);
     }
     return best_s;
   };
-  const double quantised_s = sweep({norm_.data(), dense::Precision::kF32, 1, hp_.d_model}, 1);
-  const double packed_s = sweep({norm_.data(), linear_options_.precision, kPackedRows, hp_.d_model}, 0);
-  quantised_rows_ = std::clamp(static_cast<int>(packed_s / quantised_s), 1, kQuantisedRowsMax);
+  const double quantised_s = sweep(dense::Precision::kF32, 1, 1);
+  quantised_rows_ = 0;
+  while (quantised_rows_ < kQuantisedRowsMax) {
+    const int rows = quantised_rows_ + 1;
+    if (rows * quantised_s > sweep(linear_options_.precision, rows, 0)) break;
+    quantised_rows_ = rows;
+  }
 }
 
 dense::Activations Model::Act(HugeBuffer& buffer, int rows, int cols) const {

@@ -108,6 +108,7 @@ class Model {
   int quantised_rows_ = 0;
   bool all_quantised_ = true;  // every Linear has the quantised way
   size_t packed_bytes_ = 0;
+  HugeArena weights_;  // packed panels
   HugeBuffer x_;     // (max_rows, d_model) f32: the residual stream
   HugeBuffer norm_;  // (max_rows, d_model) f32 or bf16
   HugeBuffer qkv_;   // (max_rows, d_q + 2 d_kv) f32

@@ -1,0 +1,128 @@
+// Attention of one layer of SmolLM2-135M (9 heads, 3 KV heads, 64 channels) over bf16 blocks on 2 threads: storing K
+// and V of the step's rows, then attending. Layers rotate, so that K and V come from memory and not from a cache.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include "attention/attention.h"
+
+namespace jointkv::bench {
+namespace {
+
+constexpr int kThreads = 2;
+constexpr int kLayers = 10;
+constexpr attention::HeadShape kHeads{9, 3, 64, 0.125f, false};
+constexpr int kStepRowsMax = 512;
+
+std::vector<TokenId> RandomTokens(int n, std::mt19937& random) {
+  std::vector<TokenId> tokens(n);
+  // About one token in 40 ends a line.
+  for (TokenId& token : tokens) token = random() % 40 == 0 ? 0 : 1 + static_cast<TokenId>(random() % 49000);
+  return tokens;
+}
+
+class Layers {
+ public:
+  explicit Layers(int sequences, int tokens) : pool_(kThreads) {
+    const kv::KvShape shape{{kHeads.n_kv_heads, kHeads.head_dim, codec::Codec::kBf16}, std::vector<int>(kLayers, 0)};
+    const size_t bytes =
+        shape.logical_token_bytes() * (static_cast<size_t>(tokens) + kStepRowsMax + 64) * sequences * 2;
+    cache_ = kv::KvCache::Create(shape, kv::BlockCutter({1}), {bytes, false}).value();
+    rope_ = dense::RopeTable({.n_rot = kHeads.head_dim, .freq_base = 100000}, {});
+    rope_.Ensure(tokens + kStepRowsMax + 1);
+    attention_ = std::make_unique<attention::Attention>(kHeads, *cache_, kThreads, kStepRowsMax, false);
+    qkv_.resize(static_cast<size_t>(kStepRowsMax) * (kHeads.d_q() + 2 * kHeads.d_kv()));
+    std::normal_distribution<float> normal;
+    for (float& value : qkv_) value = normal(random_);
+    out_.resize(static_cast<size_t>(kStepRowsMax) * kHeads.d_q());
+    for (int i = 0; i < sequences; ++i) {
+      ids_.push_back(cache_->Create(DomainId(0), tokens + kStepRowsMax));
+      for (int at = 0; at < tokens; at += kStepRowsMax) {
+        Reserve({ids_.back()}, std::min(kStepRowsMax, tokens - at));
+        for (int layer = 0; layer < kLayers; ++layer) Store(layer);
+        cache_->Commit(ids_.back());
+      }
+    }
+  }
+
+  const std::vector<SequenceId>& ids() const { return ids_; }
+
+  // Plans a step of `rows` more tokens for each sequence.
+  void Reserve(const std::vector<SequenceId>& ids, int rows) {
+    std::vector<attention::RowSpan> spans;
+    rows_ = 0;
+    for (const SequenceId id : ids) {
+      const int position = cache_->length(id);
+      if (!cache_->Append(id, RandomTokens(rows, random_))) std::abort();
+      spans.push_back({id, rows_, rows, position});
+      rows_ += rows;
+    }
+    attention_->Plan(*cache_, spans);
+  }
+  void Store(int layer) { attention_->Store(pool_, *cache_, layer, rope_, {}, qkv_.data()); }
+  void Run(int layer) {
+    attention_->Run(pool_, *cache_, layer, rope_, 1, {out_.data(), dense::Precision::kBf16, rows_, kHeads.d_q()});
+    benchmark::DoNotOptimize(out_.data());
+  }
+
+ private:
+  std::mt19937 random_{1};
+  ThreadPool pool_;
+  std::unique_ptr<kv::KvCache> cache_;
+  dense::RopeTable rope_;
+  std::unique_ptr<attention::Attention> attention_;
+  std::vector<float> qkv_;
+  std::vector<uint16_t> out_;
+  std::vector<SequenceId> ids_;
+  int rows_ = 0;
+};
+
+// One token of each sequence after `tokens` others.
+void Decode(benchmark::State& state) {
+  const int sequences = static_cast<int>(state.range(0));
+  const int tokens = static_cast<int>(state.range(1));
+  Layers layers(sequences, tokens);
+  layers.Reserve(layers.ids(), 1);
+  int layer = 0;
+  for (auto _ : state) {
+    layers.Store(layer % kLayers);
+    layers.Run(layer++ % kLayers);
+  }
+  const double bytes = 2.0 * sequences * (tokens + 1) * kHeads.d_kv() * 2;
+  state.counters["GB/s"] = benchmark::Counter(bytes / 1e9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+// A chunk of `rows` tokens of one sequence after `tokens` others.
+void Prefill(benchmark::State& state) {
+  const int rows = static_cast<int>(state.range(0));
+  const int tokens = static_cast<int>(state.range(1));
+  Layers layers(1, tokens);
+  layers.Reserve(layers.ids(), rows);
+  int layer = 0;
+  for (auto _ : state) {
+    layers.Store(layer % kLayers);
+    layers.Run(layer++ % kLayers);
+  }
+  const double pairs = static_cast<double>(rows) * tokens + rows * (rows + 1) / 2.0;
+  state.counters["GFLOP/s"] =
+      benchmark::Counter(4 * pairs * kHeads.d_q() / 1e9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void Repeat(benchmark::internal::Benchmark* bench) {
+  bench->UseRealTime()->Unit(benchmark::kMicrosecond)->MinTime(0.1)->Repetitions(15)->ReportAggregatesOnly();
+  // On a machine with other work: the least time and the highest rates are the quiet ones.
+  bench->ComputeStatistics("min", [](const std::vector<double>& v) { return *std::ranges::min_element(v); });
+  bench->ComputeStatistics("max", [](const std::vector<double>& v) { return *std::ranges::max_element(v); });
+}
+
+BENCHMARK(Decode)->ArgNames({"sequences", "tokens"})->Args({16, 1040})->Args({1, 1040})->Args({16, 100})->Apply(Repeat);
+BENCHMARK(Prefill)->ArgNames({"rows", "tokens"})->Args({512, 1000})->Args({512, 0})->Apply(Repeat);
+
+}  // namespace
+}  // namespace jointkv::bench
+
+BENCHMARK_MAIN();

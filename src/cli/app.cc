@@ -1,0 +1,38 @@
+#include <exception>
+
+#include "cli/commands.h"
+#include "cli/terminal.h"
+#include "dense/targets.h"
+
+namespace jointkv::cli {
+
+int Main(int argc, char** argv) {
+  if (const Status status = dense::ApplyForcedTarget(); !status.ok()) {
+    Complain(status.message());
+    return kExitUsage;
+  }
+  Command run;
+  CLI::App app("LLM inference on the CPU over a KV cache of shared blocks.", "jointkv");
+  app.require_subcommand(1);
+  app.set_version_flag("--version", VersionText);
+  AddGenerate(app, run);
+  AddChat(app, run);
+  AddInspect(app, run);
+  AddBench(app, run);
+  AddDemo(app, run);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // help or version, on stdout
+    Complain(std::string(error.what()) + " (--help lists what there is)");
+    return kExitUsage;
+  }
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    Complain(error.what());
+    return kExitFailed;
+  }
+}
+
+}  // namespace jointkv::cli

@@ -1,0 +1,24 @@
+// The commands. Each Add... registers a subcommand with its options; when it is the one chosen, it sets `run`.
+#pragma once
+
+#include <functional>
+
+#include <CLI/CLI.hpp>
+
+namespace jointkv::cli {
+
+using Command = std::function<int()>;  // returns the exit code
+
+void AddGenerate(CLI::App& app, Command& run);
+void AddChat(CLI::App& app, Command& run);
+void AddInspect(CLI::App& app, Command& run);
+void AddBench(CLI::App& app, Command& run);
+void AddDemo(CLI::App& app, Command& run);
+
+// Version, build, CPU targets and dependencies, one a line.
+std::string VersionText();
+
+// The program.
+int Main(int argc, char** argv);
+
+}  // namespace jointkv::cli

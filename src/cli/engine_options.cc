@@ -1,0 +1,133 @@
+#include "cli/engine_options.h"
+
+#include <spdlog/fmt/fmt.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <initializer_list>
+#include <utility>
+
+#include "base/bytes.h"
+#include "cli/terminal.h"
+
+namespace jointkv::cli {
+namespace {
+
+constexpr const char* kDefaultModel = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+std::string Environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// An option whose value is one of a few words, each standing for a value of `target`.
+template <typename T>
+void AddChoice(CLI::App& app, const std::string& flag, T& target, std::initializer_list<std::pair<const char*, T>> words,
+               const std::string& shown_default, const std::string& help) {
+  std::string names;
+  for (const auto& [word, value] : words) names += (names.empty() ? "" : "|") + std::string(word);
+  const auto choose = [&target, flag, names,
+                       known = std::vector<std::pair<const char*, T>>(words)](const std::string& text) {
+    for (const auto& [word, value] : known) {
+      if (text == word) {
+        target = value;
+        return;
+      }
+    }
+    throw CLI::ValidationError(flag, "'" + text + "' is not one of " + names);
+  };
+  app.add_option_function<std::string>(flag, choose, help)->type_name(names)->default_str(shown_default);
+}
+
+}  // namespace
+
+std::string DefaultModelPath() {
+  const std::string model = Environment("JOINTKV_MODEL");
+  if (!model.empty()) return model;
+  std::string cache = Environment("JOINTKV_CACHE");
+  if (cache.empty()) cache = Environment("HOME") + "/.cache/jointkv";
+  return cache + "/models/" + kDefaultModel;
+}
+
+Status CheckModelFile(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::exists(path, error)) return Status::Ok();
+  return {StatusCode::kNotFound, "there is no model file '" + path +
+                                     "': run `make setup`, which fetches the default one, or name another with -m or "
+                                     "JOINTKV_MODEL"};
+}
+
+void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
+  using dense::Precision;
+  using dense::WeightsMemory;
+  options.model_path = DefaultModelPath();
+  app.add_option("-m,--model", options.model_path, "GGUF model file")->type_name("MODEL")->capture_default_str();
+  app.add_option("--threads", options.threads, "compute threads; 0: one per core")
+      ->check(CLI::Range(0, 1024))
+      ->type_name("N")
+      ->capture_default_str();
+  const auto parse_size = [&options](const std::string& text) {
+    const Expected<size_t> bytes = ParseBytes(text);
+    if (!bytes.ok()) throw CLI::ValidationError("--kv-bytes", bytes.status().message());
+    if (*bytes == 0) throw CLI::ValidationError("--kv-bytes", "must be more than 0");
+    options.kv_bytes = *bytes;
+  };
+  app.add_option_function<std::string>("--kv-bytes", parse_size, "cap of the KV arena: 512M, 2G")
+      ->type_name("SIZE")
+      ->default_str("1/3 of free memory");
+  AddChoice<std::optional<codec::Codec>>(
+      app, "--kv-type", options.kv_type,
+      {{"bf16", codec::Codec::kBf16}, {"f16", codec::Codec::kF16}, {"f32", codec::Codec::kF32}},
+      "bf16, f32 for an f32 model", "how keys and values are stored");
+  app.add_option("--max-running", options.max_running, "sequences computed at once")
+      ->check(CLI::Range(1, 4096))
+      ->type_name("N")
+      ->capture_default_str();
+  app.add_option("--step-tokens", options.step_tokens, "token budget of one step")
+      ->check(CLI::Range(1, 16384))
+      ->type_name("N")
+      ->capture_default_str();
+  app.add_option("--max-context", options.max_context, "tokens of one sequence; 0: what the model was trained for")
+      ->check(CLI::NonNegativeNumber)
+      ->type_name("N")
+      ->capture_default_str();
+  AddChoice<WeightsMemory>(app, "--weights-memory", options.weights_memory,
+                           {{"packed", WeightsMemory::kPacked}, {"lean", WeightsMemory::kLean}}, "packed",
+                           "packed: weights unpacked once, faster; lean: the file's own, smaller");
+  AddChoice<std::optional<Precision>>(
+      app, "--compute", options.precision,
+      {{"auto", std::nullopt}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}}, "auto",
+      "precision of matrix products; auto: the CPU's best");
+  app.add_option("--quantised-rows", options.quantised_rows,
+                 "steps of at most N rows use the file's quantised weights directly")
+      ->check(CLI::Range(0, 16384))
+      ->type_name("N")
+      ->default_str("measured at load");
+  app.add_flag("--deterministic", options.deterministic, "results never depend on the rest of the batch; slower");
+  app.add_flag_callback(
+      "--no-prefix-cache", [&options] { options.prefix_cache = false; }, "do not share equal prefixes of prompts");
+}
+
+std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& exit_code) {
+  if (const Status status = CheckModelFile(options.model_path); !status.ok()) {
+    Complain(status.message());
+    exit_code = kExitUsage;
+    return nullptr;
+  }
+  ProgressLine progress;
+  options.load_progress = [&progress](int done, int total) {
+    if (!progress.due() || total <= 0) return;
+    constexpr int kWidth = 30;
+    const int filled = done * kWidth / total;
+    progress.Show(fmt::format("loading [{:<{}}] {}/{} layers", std::string(filled, '#'), kWidth, done, total));
+  };
+  Expected<std::unique_ptr<engine::Engine>> engine = engine::Engine::Create(options);
+  if (!engine.ok()) {
+    Complain(engine.status().message());
+    exit_code = engine.status().code() == StatusCode::kOutOfRange ? kExitUsage : kExitFailed;
+    return nullptr;
+  }
+  return std::move(engine).value();
+}
+
+}  // namespace jointkv::cli

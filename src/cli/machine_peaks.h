@@ -1,0 +1,10 @@
+// What this machine can do at best with so many threads: the yardsticks of a benchmark.
+#pragma once
+
+namespace jointkv::cli {
+
+double ReadBandwidthGbS(int threads);
+// Of bf16 dot products in registers; 0 where the CPU has none.
+double Bf16PeakGflopS(int threads);
+
+}  // namespace jointkv::cli

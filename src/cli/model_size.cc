@@ -1,0 +1,53 @@
+#include "cli/model_size.h"
+
+#include <algorithm>
+
+#include "base/checked.h"
+#include "dense/gemm.h"
+
+namespace jointkv::cli {
+namespace {
+
+size_t LayerTokenBytes(const gguf::Hyperparameters& hp, codec::Codec codec) {
+  return 2 * static_cast<size_t>(hp.d_kv()) * codec::ElementBytes(codec);
+}
+
+}  // namespace
+
+MatrixSize MatricesOf(const gguf::GgufFile& file, dense::Precision precision) {
+  const bool tied = file.Find("output.weight") == nullptr;
+  const size_t element = precision == dense::Precision::kBf16 ? 2 : 4;
+  MatrixSize size;
+  for (const gguf::Tensor& tensor : file.tensors()) {
+    if (tensor.n_dims < 2 || (tensor.name == "token_embd.weight" && !tied)) continue;
+    size.elements += tensor.elements();
+    size.file_bytes += tensor.size_bytes;
+    size.packed_bytes += static_cast<size_t>(tensor.ne[0] * RoundUp<int64_t>(tensor.rows(), dense::kPanel)) * element;
+  }
+  return size;
+}
+
+int64_t OutputElements(const gguf::Hyperparameters& hp) { return int64_t{hp.d_model} * hp.n_vocab; }
+
+size_t KvTokenBytes(const gguf::Hyperparameters& hp, codec::Codec codec) {
+  return static_cast<size_t>(hp.n_layers) * LayerTokenBytes(hp, codec);
+}
+
+size_t KvSequenceBytes(const gguf::Hyperparameters& hp, codec::Codec codec, int64_t tokens) {
+  size_t bytes = 0;
+  for (const bool swa : hp.is_swa_layer) {
+    const int64_t held = swa ? std::min<int64_t>(tokens, hp.sliding_window) : tokens;
+    bytes += static_cast<size_t>(held) * LayerTokenBytes(hp, codec);
+  }
+  return bytes;
+}
+
+double AttentionFlops(const gguf::Hyperparameters& hp, double context) {
+  double flops = 0;
+  for (const bool swa : hp.is_swa_layer) {
+    flops += 4.0 * hp.d_q() * (swa ? std::min<double>(context, hp.sliding_window) : context);
+  }
+  return flops;
+}
+
+}  // namespace jointkv::cli

@@ -1,0 +1,315 @@
+#include "cli/prompts.h"
+
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <set>
+
+#include <nlohmann/json.hpp>
+
+#include "text/template_guard.h"
+
+namespace jointkv::cli {
+namespace {
+
+using Json = nlohmann::json;
+
+// Carries a Status through the helpers below; never leaves ParsePrompt.
+struct Bad {
+  Status status;
+};
+
+[[noreturn]] void Fail(const std::string& field, const std::string& what) {
+  throw Bad{Status(StatusCode::kInvalidArgument, field + ": " + what)};
+}
+
+const Json* Find(const Json& object, const char* key) {
+  const auto found = object.find(key);
+  return found == object.end() || found->is_null() ? nullptr : &*found;
+}
+
+const std::string& String(const Json& value, const std::string& field) {
+  if (!value.is_string()) Fail(field, std::string("expected a string, got ") + value.type_name());
+  return value.get_ref<const std::string&>();
+}
+
+std::string StringOr(const Json& object, const char* key, const std::string& field) {
+  const Json* value = Find(object, key);
+  return value == nullptr ? "" : String(*value, field + "." + key);
+}
+
+int Integer(const Json& value, const std::string& field) {
+  if (!value.is_number_integer()) Fail(field, std::string("expected a whole number, got ") + value.type_name());
+  const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > std::numeric_limits<int>::max();
+  if (too_large || (!value.is_number_unsigned() && value.get<int64_t>() < std::numeric_limits<int>::min())) {
+    throw Bad{Status(StatusCode::kOutOfRange, field + ": " + value.dump() + " does not fit 32 bits")};
+  }
+  return value.get<int>();
+}
+
+float Number(const Json& value, const std::string& field) {
+  if (!value.is_number()) Fail(field, std::string("expected a number, got ") + value.type_name());
+  const double number = value.get<double>();
+  if (!(std::abs(number) <= std::numeric_limits<float>::max())) Fail(field, value.dump() + " is too large");
+  return static_cast<float>(number);
+}
+
+bool Bool(const Json& value, const std::string& field) {
+  if (!value.is_boolean()) Fail(field, std::string("expected true or false, got ") + value.type_name());
+  return value.get<bool>();
+}
+
+const Json& Array(const Json& value, const std::string& field, size_t size_max) {
+  if (!value.is_array()) Fail(field, std::string("expected an array, got ") + value.type_name());
+  if (value.size() > size_max) {
+    throw Bad{Status(StatusCode::kOutOfRange, field + ": " + std::to_string(value.size()) + " entries, at most " +
+                                                  std::to_string(size_max))};
+  }
+  return value;
+}
+
+const Json& Object(const Json& value, const std::string& field) {
+  if (!value.is_object()) Fail(field, std::string("expected an object, got ") + value.type_name());
+  return value;
+}
+
+std::string At(const std::string& field, size_t index) { return field + "[" + std::to_string(index) + "]"; }
+
+// A string, or the text parts of an array of parts.
+std::string Content(const Json& value, const std::string& field) {
+  if (value.is_string()) return value.get<std::string>();
+  std::string text;
+  const Json& parts = Array(value, field, 4096);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Json& part = Object(parts[i], At(field, i));
+    if (StringOr(part, "type", At(field, i)) != "text") Fail(At(field, i), "only parts of type text are supported");
+    text += StringOr(part, "text", At(field, i));
+  }
+  return text;
+}
+
+text::ChatMessage Message(const Json& value, const std::string& field) {
+  Object(value, field);
+  text::ChatMessage message;
+  message.role = StringOr(value, "role", field);
+  if (message.role.empty()) Fail(field + ".role", "is missing");
+  if (const Json* content = Find(value, "content")) message.content = Content(*content, field + ".content");
+  message.name = StringOr(value, "name", field);
+  message.tool_call_id = StringOr(value, "tool_call_id", field);
+  if (const Json* calls = Find(value, "tool_calls")) {
+    Array(*calls, field + ".tool_calls", 1024);
+    for (size_t i = 0; i < calls->size(); ++i) {
+      const std::string at = At(field + ".tool_calls", i);
+      const Json* function = Find(Object((*calls)[i], at), "function");
+      if (function == nullptr) Fail(at + ".function", "is missing");
+      Object(*function, at + ".function");
+      message.tool_calls.push_back({StringOr((*calls)[i], "id", at), StringOr(*function, "name", at + ".function"),
+                                    StringOr(*function, "arguments", at + ".function")});
+    }
+  }
+  return message;
+}
+
+text::Tool ToolOf(const Json& value, const std::string& field) {
+  const Json* function = Find(Object(value, field), "function");
+  if (function == nullptr) Fail(field + ".function", "is missing");
+  Object(*function, field + ".function");
+  text::Tool tool;
+  tool.name = StringOr(*function, "name", field + ".function");
+  if (tool.name.empty()) Fail(field + ".function.name", "is missing");
+  tool.description = StringOr(*function, "description", field + ".function");
+  if (const Json* parameters = Find(*function, "parameters")) tool.parameters_json = parameters->dump();
+  return tool;
+}
+
+Conversation ConversationOf(const Json& row, const PromptLimits& limits) {
+  Conversation conversation;
+  const Json& messages = Array(row["messages"], "messages", limits.messages_max);
+  if (messages.empty()) Fail("messages", "is empty");
+  for (size_t i = 0; i < messages.size(); ++i) {
+    conversation.messages.push_back(Message(messages[i], At("messages", i)));
+  }
+  const Json* choice = Find(row, "tool_choice");
+  const std::string tool_choice = choice == nullptr ? "auto" : choice->is_string() ? choice->get<std::string>() : "?";
+  if (tool_choice != "auto" && tool_choice != "none") Fail("tool_choice", "only auto and none are supported");
+  const Json* tools = Find(row, "tools");
+  if (tools != nullptr && tool_choice == "auto") {
+    Array(*tools, "tools", limits.tools_max);
+    for (size_t i = 0; i < tools->size(); ++i) conversation.tools.push_back(ToolOf((*tools)[i], At("tools", i)));
+  }
+  if (const Json* parallel = Find(row, "parallel_tool_calls")) {
+    conversation.parallel_tool_calls = Bool(*parallel, "parallel_tool_calls");
+  }
+  return conversation;
+}
+
+std::vector<TokenId> Tokens(const Json& value, const std::string& field, size_t size_max) {
+  std::vector<TokenId> tokens;
+  Array(value, field, size_max);
+  tokens.reserve(value.size());
+  for (size_t i = 0; i < value.size(); ++i) tokens.push_back(Integer(value[i], At(field, i)));
+  return tokens;
+}
+
+void ReadLogitBias(const Json& value, engine::SamplingParams& sampling) {
+  Object(value, "logit_bias");
+  sampling.logit_bias.clear();
+  for (const auto& [key, bias] : value.items()) {
+    TokenId token = 0;
+    const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), token);
+    if (error != std::errc() || end != key.data() + key.size()) Fail("logit_bias", "'" + key + "' is not a token id");
+    sampling.logit_bias.emplace_back(token, Number(bias, "logit_bias." + key));
+  }
+}
+
+void ReadLogprobs(const Json& row, engine::SamplingParams& sampling) {
+  const Json* logprobs = Find(row, "logprobs");
+  const Json* top = Find(row, "top_logprobs");
+  if (logprobs != nullptr && !logprobs->is_boolean()) {
+    sampling.logprobs = Integer(*logprobs, "logprobs");
+  } else if (logprobs != nullptr) {
+    sampling.logprobs = logprobs->get<bool>() ? 0 : -1;
+  }
+  if (top == nullptr) return;
+  if (sampling.logprobs < 0) Fail("top_logprobs", "needs \"logprobs\": true");
+  sampling.logprobs = Integer(*top, "top_logprobs");
+}
+
+engine::SamplingParams SamplingOf(const Json& row, const engine::SamplingParams& defaults) {
+  engine::SamplingParams sampling = defaults;
+  const auto number = [&](const char* key, float& target) {
+    if (const Json* value = Find(row, key)) target = Number(*value, key);
+  };
+  const auto integer = [&](const char* key, int& target) {
+    if (const Json* value = Find(row, key)) target = Integer(*value, key);
+  };
+  number("temperature", sampling.temperature);
+  integer("top_k", sampling.top_k);
+  number("top_p", sampling.top_p);
+  number("min_p", sampling.min_p);
+  number("repetition_penalty", sampling.repetition_penalty);
+  number("presence_penalty", sampling.presence_penalty);
+  number("frequency_penalty", sampling.frequency_penalty);
+  integer("max_tokens", sampling.max_tokens);
+  integer("max_completion_tokens", sampling.max_tokens);
+  integer("min_tokens", sampling.min_tokens);
+  integer("n", sampling.n);
+  if (const Json* value = Find(row, "ignore_eos")) sampling.ignore_eos = Bool(*value, "ignore_eos");
+  if (const Json* value = Find(row, "seed")) {
+    if (!value->is_number_integer()) Fail("seed", "expected a whole number");
+    sampling.seed = value->is_number_unsigned() ? value->get<uint64_t>() : static_cast<uint64_t>(value->get<int64_t>());
+  }
+  if (const Json* value = Find(row, "stop")) {
+    sampling.stop.clear();
+    if (value->is_string()) {
+      sampling.stop.push_back(value->get<std::string>());
+    } else {
+      Array(*value, "stop", 1024);
+      for (size_t i = 0; i < value->size(); ++i) sampling.stop.push_back(String((*value)[i], At("stop", i)));
+    }
+  }
+  if (const Json* value = Find(row, "stop_token_ids")) sampling.stop_tokens = Tokens(*value, "stop_token_ids", 4096);
+  if (const Json* value = Find(row, "logit_bias")) ReadLogitBias(*value, sampling);
+  ReadLogprobs(row, sampling);
+  return sampling;
+}
+
+// A misspelt parameter must not pass in silence. The last line: part of an OpenAI body, but no business of a file's.
+void CheckFields(const Json& row) {
+  static const std::set<std::string, std::less<>> kKnown = {
+      "prompt",      "messages",    "tokens",
+      "tools",       "tool_choice", "parallel_tool_calls",
+      "id",          "temperature", "top_k",
+      "top_p",       "min_p",       "repetition_penalty",
+      "max_tokens",  "min_tokens",  "presence_penalty",
+      "n",           "seed",        "frequency_penalty",
+      "stop",        "logit_bias",  "max_completion_tokens",
+      "logprobs",    "ignore_eos",  "stop_token_ids",
+      "top_logprobs", "model",      "user",
+      "metadata",    "stream",      "stream_options"};
+  for (const auto& [key, value] : row.items()) {
+    if (!kKnown.contains(key)) Fail("'" + key.substr(0, 64) + "'", "unknown field");
+  }
+}
+
+Prompt PromptOf(const Json& row, const engine::SamplingParams& defaults, const PromptLimits& limits) {
+  if (!row.is_object()) Fail("row", std::string("expected an object, got ") + row.type_name());
+  CheckFields(row);
+  Prompt prompt;
+  if (const Json* id = Find(row, "id")) prompt.id = id->is_number_integer() ? id->dump() : String(*id, "id");
+  const Json* text = Find(row, "prompt");
+  const Json* messages = Find(row, "messages");
+  const Json* tokens = Find(row, "tokens");
+  if ((text != nullptr) + (messages != nullptr) + (tokens != nullptr) != 1) {
+    Fail("row", "expected exactly one of prompt, messages and tokens");
+  }
+  if (text != nullptr) {
+    prompt.content = String(*text, "prompt");
+  } else if (messages != nullptr) {
+    prompt.content = ConversationOf(row, limits);
+  } else {
+    prompt.content = Tokens(*tokens, "tokens", limits.line_bytes_max);
+  }
+  prompt.sampling = SamplingOf(row, defaults);
+  return prompt;
+}
+
+struct CloseFile {
+  void operator()(std::FILE* file) const { std::fclose(file); }
+};
+
+}  // namespace
+
+Expected<Prompt> ParsePrompt(std::string_view line, const engine::SamplingParams& defaults,
+                             const PromptLimits& limits) {
+  if (line.size() > limits.line_bytes_max) {
+    return Status(StatusCode::kOutOfRange, "row: more than " + std::to_string(limits.line_bytes_max) + " bytes");
+  }
+  RETURN_IF_ERROR(text::CheckJsonDepth(line, "row"));
+  try {
+    return PromptOf(Json::parse(line), defaults, limits);
+  } catch (const Bad& bad) {
+    return bad.status;
+  } catch (const Json::exception& error) {
+    return Status(StatusCode::kInvalidArgument, std::string("not JSON: ") + error.what());
+  }
+}
+
+Status ReadPrompts(const std::string& path, const engine::SamplingParams& defaults,
+                   const std::function<void(int line, Expected<Prompt> prompt)>& take, const PromptLimits& limits) {
+  const std::unique_ptr<std::FILE, CloseFile> opened(path == "-" ? nullptr : std::fopen(path.c_str(), "rb"));
+  std::FILE* file = path == "-" ? stdin : opened.get();
+  if (file == nullptr) {
+    return {errno == ENOENT ? StatusCode::kNotFound : StatusCode::kIo, "'" + path + "': " + std::strerror(errno)};
+  }
+  std::string line;
+  int number = 1;
+  const auto finish_line = [&] {
+    if (line.find_first_not_of(" \t\r") != std::string::npos) take(number, ParsePrompt(line, defaults, limits));
+    line.clear();
+    ++number;
+  };
+  std::vector<char> buffer(1 << 16);
+  size_t got = 0;
+  while ((got = std::fread(buffer.data(), 1, buffer.size(), file)) > 0) {
+    for (std::string_view rest(buffer.data(), got); !rest.empty();) {
+      const size_t end = rest.find('\n');
+      const std::string_view piece = rest.substr(0, end);
+      // One byte above the limit is enough for ParsePrompt to refuse the line.
+      if (line.size() <= limits.line_bytes_max) line += piece.substr(0, limits.line_bytes_max + 1 - line.size());
+      if (end == std::string_view::npos) break;
+      finish_line();
+      rest.remove_prefix(end + 1);
+    }
+  }
+  if (std::ferror(file) != 0) return {StatusCode::kIo, "'" + path + "': " + std::strerror(errno)};
+  finish_line();
+  return Status::Ok();
+}
+
+}  // namespace jointkv::cli

@@ -1,0 +1,13 @@
+// Command line flags of sampling.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include "engine/sampling.h"
+
+namespace jointkv::cli {
+
+// Defaults are the values that `params` holds now; it must outlive the parse.
+void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params);
+
+}  // namespace jointkv::cli
