@@ -1,14 +1,15 @@
 # jointkv_use_test_models(NAME)
 #
 # Gives NAME_test the random models of tools/make_test_models, made by the test `test_models` before it runs, and splits
-# off its RealModelTest suite: the test `NAME_e2e`, label e2e, with an f32 copy of the default model made by `f32_model`.
-# The models lie in JOINTKV_TEST_MODELS, of which the tests know.
+# off its RealModelTest suite: the test `NAME_e2e`, label e2e, with an f32 copy of the default model that the test
+# `f32_model` makes. The program learns of their folder by the definition JOINTKV_TEST_MODELS.
 function(jointkv_use_test_models name)
   if(NOT TARGET ${name}_test)
     return()
   endif()
   set(directory ${CMAKE_BINARY_DIR}/test_models)
-  target_compile_definitions(${name}_test PRIVATE JOINTKV_TEST_MODELS="${directory}" JOINTKV_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  target_compile_definitions(${name}_test PRIVATE JOINTKV_TEST_MODELS="${directory}"
+                                                  JOINTKV_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
 
   # The first python3 on the path need not be the one that the system's packages belong to.
   set(python python3)

@@ -146,12 +146,17 @@ float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible,
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 unseen = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 largest = unseen;
-  for (int i = 0; i < width; i += 16) {
-    const __m512i key = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
-    const __mmask16 keep = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(first_visible)) & _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(end_visible));
-    const __m512 masked = _mm512_mask_blend_ps(keep, unseen, _mm512_loadu_ps(scores + i));
-    _mm512_storeu_ps(scores + i, masked);
-    largest = _mm512_max_ps(largest, masked);
+  if (first_visible <= 0 && end_visible >= width) {
+    for (int i = 0; i < width; i += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores + i));
+  } else {
+    for (int i = 0; i < width; i += 16) {
+      const __m512i key = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
+      const __mmask16 keep =
+          _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(first_visible)) & _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(end_visible));
+      const __m512 masked = _mm512_mask_blend_ps(keep, unseen, _mm512_loadu_ps(scores + i));
+      _mm512_storeu_ps(scores + i, masked);
+      largest = _mm512_max_ps(largest, masked);
+    }
   }
   const float old_max = max;
   max = std::max(max, _mm512_reduce_max_ps(largest));

@@ -65,7 +65,7 @@ TEST(StatusTest, MacrosPassErrorsOn) {
 
 TEST(StatusDeathTest, TakingAMissingValueIsABrokenInvariant) {
   EXPECT_DEATH(*MakeInt(true), "invariant broken: ok\\(\\)");
-  EXPECT_DEATH(Expected<int>(Status::Ok()), "invariant broken");
+  EXPECT_DEATH(static_cast<void>(Expected<int>{Status::Ok()}), "invariant broken");
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 #include <exception>
+#include <string>
+#include <vector>
 
 #include "cli/commands.h"
 #include "cli/terminal.h"
@@ -24,7 +26,10 @@ int Main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // help or version, on stdout
-    Complain(std::string(error.what()) + " (--help lists what there is)");
+    const std::vector<std::string> unknown =
+        app.get_subcommands().empty() ? app.remaining() : std::vector<std::string>();
+    const std::string what = unknown.empty() ? error.what() : "there is no command '" + unknown.front() + "'";
+    Complain(what + " (--help lists what there is)");
     return kExitUsage;
   }
   try {

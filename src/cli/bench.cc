@@ -30,20 +30,20 @@ struct Peaks {
 
 double Share(double value, double peak) { return peak > 0 ? value / peak : 0; }
 
-nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks, const std::vector<BenchResult>& results) {
+nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
+                              const std::vector<BenchResult>& results) {
   const bool bf16 = engine.model().precision() == dense::Precision::kBf16;
-  nlohmann::ordered_json json = {
-      {"engine", "jointkv"},
-      {"version", JOINTKV_VERSION},
-      {"model", engine.file().path()},
-      {"threads", engine.threads()},
-      {"compute", bf16 ? "bf16" : "f32"},
-      {"quantised_rows", engine.model().quantised_rows()},
-      {"kv_type", codec::CodecName(engine.cache().shape().layout.codec)},
-      {"step_tokens", engine.options().step_tokens},
-      {"deterministic", engine.options().deterministic},
-      {"machine", {{"read_gb_s", peaks.read_gb_s}, {"bf16_gflop_s", peaks.bf16_gflop_s}}},
-      {"results", nlohmann::ordered_json::array()}};
+  nlohmann::ordered_json json = {{"engine", "jointkv"},
+                                 {"version", JOINTKV_VERSION},
+                                 {"model", engine.file().path()},
+                                 {"threads", engine.threads()},
+                                 {"compute", bf16 ? "bf16" : "f32"},
+                                 {"quantised_rows", engine.model().quantised_rows()},
+                                 {"kv_type", codec::CodecName(engine.cache().shape().layout.codec)},
+                                 {"step_tokens", engine.options().step_tokens},
+                                 {"deterministic", engine.options().deterministic},
+                                 {"machine", {{"read_gb_s", peaks.read_gb_s}, {"bf16_gflop_s", peaks.bf16_gflop_s}}},
+                                 {"results", nlohmann::ordered_json::array()}};
   for (const BenchResult& r : results) {
     json["results"].push_back({{"kind", r.kind},
                                {"batch", r.batch},
@@ -151,9 +151,7 @@ void AddBench(CLI::App& app, Command& run) {
   command->add_option("--json", flags->json_path, "write the results as JSON; - for standard output")
       ->type_name("FILE");
   AddEngineFlags(*command, flags->engine);
-  command->callback([&run, flags] {
-    run = [flags] { return RunBench(*flags); };
-  });
+  command->callback([&run, flags] { run = [flags] { return RunBench(*flags); }; });
 }
 
 }  // namespace jointkv::cli

@@ -25,8 +25,8 @@ struct BenchResult {
   double tok_s = 0;
   double tok_s_min = 0;
   double tok_s_max = 0;
-  double gb_s = 0;      // weights and KV read
-  double gflop_s = 0;   // of matrix products and attention
+  double gb_s = 0;     // weights and KV read
+  double gflop_s = 0;  // of matrix products and attention
 };
 
 // EngineBench. Threads: one. Owns: nothing; the engine must outlive it, idle and without a prefix cache. Fails how: a

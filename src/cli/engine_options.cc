@@ -22,8 +22,9 @@ std::string Environment(const char* name) {
 
 // An option whose value is one of a few words, each standing for a value of `target`.
 template <typename T>
-void AddChoice(CLI::App& app, const std::string& flag, T& target, std::initializer_list<std::pair<const char*, T>> words,
-               const std::string& shown_default, const std::string& help) {
+void AddChoice(CLI::App& app, const std::string& flag, T& target,
+               std::initializer_list<std::pair<const char*, T>> words, const std::string& shown_default,
+               const std::string& help) {
   std::string names;
   for (const auto& [word, value] : words) names += (names.empty() ? "" : "|") + std::string(word);
   const auto choose = [&target, flag, names,
@@ -94,10 +95,9 @@ void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
   AddChoice<WeightsMemory>(app, "--weights-memory", options.weights_memory,
                            {{"packed", WeightsMemory::kPacked}, {"lean", WeightsMemory::kLean}}, "packed",
                            "packed: weights unpacked once, faster; lean: the file's own, smaller");
-  AddChoice<std::optional<Precision>>(
-      app, "--compute", options.precision,
-      {{"auto", std::nullopt}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}}, "auto",
-      "precision of matrix products; auto: the CPU's best");
+  AddChoice<std::optional<Precision>>(app, "--compute", options.precision,
+                                      {{"auto", std::nullopt}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}},
+                                      "auto", "precision of matrix products; auto: the CPU's best");
   app.add_option("--quantised-rows", options.quantised_rows,
                  "steps of at most N rows use the file's quantised weights directly")
       ->check(CLI::Range(0, 16384))

@@ -201,9 +201,8 @@ OrderedJson Generate::ChoiceRow(const Choice& choice) const {
   row["text"] = choice.text;
   row["tokens"] = choice.tokens;
   row["finish_reason"] = FinishReasonName(end.finish);
-  row["usage"] = {{"prompt_tokens", end.prompt_tokens},
-                  {"output_tokens", end.output_tokens},
-                  {"cached_tokens", end.cached_tokens}};
+  row["usage"] = {
+      {"prompt_tokens", end.prompt_tokens}, {"output_tokens", end.output_tokens}, {"cached_tokens", end.cached_tokens}};
   row["timings"] = {{"queue_ms", QueueMs(end.times)},
                     {"ttft_ms", TtftMs(end.times)},
                     {"tpot_ms", TpotMs(end.times, end.output_tokens)}};

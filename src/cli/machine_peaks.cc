@@ -52,7 +52,8 @@ double ReadBandwidthGbS(int threads) {
   std::vector<uint64_t> sums(static_cast<size_t>(threads));
   std::fill_n(buffer.data(), buffer.size(), std::byte{1});  // pages that were never written are all the same zeros
   const double seconds = BestSeconds(pool, [&](int thread) {
-    sums[static_cast<size_t>(thread)] += SumWords(buffer.data() + kBytesPerThread * static_cast<size_t>(thread), kBytesPerThread);
+    sums[static_cast<size_t>(thread)] +=
+        SumWords(buffer.data() + kBytesPerThread * static_cast<size_t>(thread), kBytesPerThread);
   });
   volatile uint64_t used = sums[0];
   (void)used;

@@ -67,8 +67,8 @@ bool Bool(const Json& value, const std::string& field) {
 const Json& Array(const Json& value, const std::string& field, size_t size_max) {
   if (!value.is_array()) Fail(field, std::string("expected an array, got ") + value.type_name());
   if (value.size() > size_max) {
-    throw Bad{Status(StatusCode::kOutOfRange, field + ": " + std::to_string(value.size()) + " entries, at most " +
-                                                  std::to_string(size_max))};
+    throw Bad{Status(StatusCode::kOutOfRange,
+                     field + ": " + std::to_string(value.size()) + " entries, at most " + std::to_string(size_max))};
   }
   return value;
 }
@@ -221,17 +221,36 @@ engine::SamplingParams SamplingOf(const Json& row, const engine::SamplingParams&
 
 // A misspelt parameter must not pass in silence. The last line: part of an OpenAI body, but no business of a file's.
 void CheckFields(const Json& row) {
-  static const std::set<std::string, std::less<>> kKnown = {
-      "prompt",      "messages",    "tokens",
-      "tools",       "tool_choice", "parallel_tool_calls",
-      "id",          "temperature", "top_k",
-      "top_p",       "min_p",       "repetition_penalty",
-      "max_tokens",  "min_tokens",  "presence_penalty",
-      "n",           "seed",        "frequency_penalty",
-      "stop",        "logit_bias",  "max_completion_tokens",
-      "logprobs",    "ignore_eos",  "stop_token_ids",
-      "top_logprobs", "model",      "user",
-      "metadata",    "stream",      "stream_options"};
+  static const std::set<std::string, std::less<>> kKnown = {"prompt",
+                                                            "messages",
+                                                            "tokens",
+                                                            "tools",
+                                                            "tool_choice",
+                                                            "parallel_tool_calls",
+                                                            "id",
+                                                            "temperature",
+                                                            "top_k",
+                                                            "top_p",
+                                                            "min_p",
+                                                            "repetition_penalty",
+                                                            "max_tokens",
+                                                            "min_tokens",
+                                                            "presence_penalty",
+                                                            "n",
+                                                            "seed",
+                                                            "frequency_penalty",
+                                                            "stop",
+                                                            "logit_bias",
+                                                            "max_completion_tokens",
+                                                            "logprobs",
+                                                            "ignore_eos",
+                                                            "stop_token_ids",
+                                                            "top_logprobs",
+                                                            "model",
+                                                            "user",
+                                                            "metadata",
+                                                            "stream",
+                                                            "stream_options"};
   for (const auto& [key, value] : row.items()) {
     if (!kKnown.contains(key)) Fail("'" + key.substr(0, 64) + "'", "unknown field");
   }

@@ -25,7 +25,7 @@ void AddLogitBias(engine::SamplingParams& params, const std::string& text) {
 }  // namespace
 
 // Ranges are engine::Validate's business; here only the form is checked.
-void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params) {
+void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params, bool per_choice) {
   const auto number = [&app](const char* flag, auto& value, const char* help) {
     app.add_option(flag, value, help)->capture_default_str();
   };
@@ -53,11 +53,12 @@ void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params) {
          "added to a token's logit; repeatable")
       ->allow_extra_args(false)
       ->type_name("ID:VALUE");
+  app.add_flag("--ignore-eos", params.ignore_eos, "go on after the end-of-text token");
+  if (!per_choice) return;
   app.add_option("--logprobs", params.logprobs, "log probabilities of each token and of the K likeliest")
       ->type_name("K")
       ->default_str("off");
   app.add_option("-n", params.n, "choices per prompt")->type_name("N")->capture_default_str();
-  app.add_flag("--ignore-eos", params.ignore_eos, "go on after the end-of-text token");
 }
 
 }  // namespace jointkv::cli

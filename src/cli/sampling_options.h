@@ -7,7 +7,8 @@
 
 namespace jointkv::cli {
 
-// Defaults are the values that `params` holds now; it must outlive the parse.
-void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params);
+// Defaults are the values that `params` holds now; it must outlive the parse. Without `per_choice`: not -n and
+// --logprobs.
+void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params, bool per_choice = true);
 
 }  // namespace jointkv::cli

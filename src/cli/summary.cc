@@ -74,9 +74,7 @@ Summary SummaryBuilder::Build(const engine::EngineStats& stats, double wall_s) c
 }
 
 nlohmann::ordered_json ToJson(const Summary& s) {
-  const auto percentiles = [](const Percentiles& p) {
-    return nlohmann::ordered_json{{"p50", p.p50}, {"p95", p.p95}};
-  };
+  const auto percentiles = [](const Percentiles& p) { return nlohmann::ordered_json{{"p50", p.p50}, {"p95", p.p95}}; };
   return {{"requests", s.requests},
           {"prompt_tokens", s.prompt_tokens},
           {"output_tokens", s.output_tokens},
@@ -102,7 +100,7 @@ std::string ToTable(const Summary& s) {
   table += Row("decode", fmt::format("{:.0f} tok/s", s.decode_tok_s));
   table += Row("time to first token", fmt::format("{:.0f} ms p50, {:.0f} ms p95", s.ttft_ms.p50, s.ttft_ms.p95));
   table += Row("time per output token", fmt::format("{:.1f} ms p50, {:.1f} ms p95", s.tpot_ms.p50, s.tpot_ms.p95));
-  table += Row("KV memory, peak", fmt::format("{}, would be {} without sharing", FormatBytes(s.kv_bytes_peak),
+  table += Row("KV memory, peak", fmt::format("{}; the same tokens private in 16 bit: {}", FormatBytes(s.kv_bytes_peak),
                                               FormatBytes(s.kv_bytes_logical_peak)));
   table += Row("running, peak", fmt::format("{} sequences, {} preemptions", s.running_peak, s.preemptions));
   return table;

@@ -5,9 +5,13 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <memory>
+#include <string_view>
 
 #include "base/clock.h"
 
@@ -47,6 +51,29 @@ void ArmInterrupt() {
 }
 
 bool Interrupted() { return interrupted != 0; }
+
+LineReader::Result LineReader::Next(std::string& line) {
+  std::array<char, 4096> buffer;
+  while (true) {
+    const size_t end = ahead_.find('\n');
+    if (end != std::string::npos || (ended_ && !ahead_.empty())) {
+      line = ahead_.substr(0, std::min(end, kLineBytesMax));
+      ahead_.erase(0, end == std::string::npos ? end : end + 1);
+      return Result::kLine;
+    }
+    if (ended_) return Result::kEnd;
+    const ssize_t got = read(STDIN_FILENO, buffer.data(), buffer.size());
+    if (got < 0 && errno == EINTR) {
+      if (Interrupted()) return Result::kInterrupted;
+      continue;
+    }
+    ended_ = got <= 0;
+    // What is past the limit of one line is dropped, up to its end.
+    const std::string_view piece(buffer.data(), static_cast<size_t>(std::max<ssize_t>(got, 0)));
+    const bool too_long = ahead_.size() > kLineBytesMax;
+    ahead_ += too_long ? piece.substr(std::min(piece.find('\n'), piece.size())) : piece;
+  }
+}
 
 ProgressLine::ProgressLine() : terminal_(isatty(STDERR_FILENO) == 1) {}
 ProgressLine::~ProgressLine() { ClearLine(); }

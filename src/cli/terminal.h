@@ -20,6 +20,20 @@ void Complain(const std::string& message);
 void ArmInterrupt();
 bool Interrupted();
 
+// Lines of standard input, read so that Ctrl-C returns to the caller. Threads: one. Owns: what was read ahead.
+// Fails how: a line beyond kLineBytesMax is cut there.
+class LineReader {
+ public:
+  static constexpr size_t kLineBytesMax = size_t{1} << 20;
+  enum class Result { kLine, kInterrupted, kEnd };
+
+  Result Next(std::string& line);
+
+ private:
+  std::string ahead_;
+  bool ended_ = false;
+};
+
 // Rewrites one line on stderr, at most ten times a second; shows nothing when stderr is not a terminal.
 class ProgressLine {
  public:

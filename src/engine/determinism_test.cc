@@ -135,10 +135,10 @@ INSTANTIATE_TEST_SUITE_P(Models, DeterminismTest, testing::Values("llama", "llam
 std::vector<std::string> RealPrompts(int n) {
   const char* tasks[] = {"Write the first sentence of a story about", "Explain in one sentence what is special about",
                          "List three facts about", "Write a short poem about"};
-  const char* things[] = {"a lighthouse keeper",    "the planet Saturn",  "a lost umbrella",     "honey bees",
-                          "the number seven",       "an old violin",      "a night train",       "the city of Lisbon",
-                          "a chess game",           "volcanoes",          "the colour blue",     "a baker's first day",
-                          "migrating birds",        "a broken clock",     "the Silk Road",       "a very small robot"};
+  const char* things[] = {"a lighthouse keeper", "the planet Saturn", "a lost umbrella", "honey bees",
+                          "the number seven",    "an old violin",     "a night train",   "the city of Lisbon",
+                          "a chess game",        "volcanoes",         "the colour blue", "a baker's first day",
+                          "migrating birds",     "a broken clock",    "the Silk Road",   "a very small robot"};
   std::vector<std::string> prompts;
   for (int i = 0; i < n; ++i) {
     prompts.push_back(std::string("<|im_start|>system\nYou answer briefly and in plain words.<|im_end|>\n") +
@@ -151,8 +151,13 @@ std::vector<std::string> RealPrompts(int n) {
 // JOINTKV_TEST_PROMPTS sets the number of prompts, up to 64.
 TEST(DeterminismTest, RealPrompts) {
   SKIP_WITHOUT_MODEL();
+#ifdef JOINTKV_SANITIZED
+  constexpr int kPrompts = 8;
+#else
+  constexpr int kPrompts = 16;
+#endif
   const char* wanted = std::getenv("JOINTKV_TEST_PROMPTS");
-  const int n = std::clamp(wanted == nullptr ? 16 : std::atoi(wanted), 1, 64);
+  const int n = std::clamp(wanted == nullptr ? kPrompts : std::atoi(wanted), 1, 64);
   EngineOptions options;
   options.model_path = DefaultModelPath();
   auto tokenizer = text::Tokenizer::Open(options.model_path);
@@ -172,8 +177,12 @@ TEST(DeterminismTest, RealPrompts) {
   Result result = RunJobs(options, tight, jobs);
   EXPECT_GT(result.stats.preemptions, 0);
   ExpectSame(result, reference, tight.name);
-  tight = {.name = "prefix cache, reversed", .step_tokens = 100, .threads = 1, .prefix_cache = true,
-           .kv_bytes = size_t{12} << 20, .reversed = true};
+  tight = {.name = "prefix cache, reversed",
+           .step_tokens = 100,
+           .threads = 1,
+           .prefix_cache = true,
+           .kv_bytes = size_t{12} << 20,
+           .reversed = true};
   result = RunJobs(options, tight, jobs);
   ExpectSame(result, reference, tight.name);
 }

@@ -1,7 +1,7 @@
 // Engine: continuous batching over one model and one block store.
 //
-// A step is: plan (which rows of which sequences; preempts when the store is full) -> forward -> commit (seal blocks) ->
-// sample -> emit. Decoding sequences take one row each, prompts share what is left of the step's token budget.
+// A step is: plan (which rows of which sequences; preempts when the store is full) -> forward -> commit (seal blocks)
+// -> sample -> emit. Decoding sequences take one row each, prompts share what is left of the step's token budget.
 //
 // Threads: one thread calls everything; the work inside a step runs on the engine's own pool.
 // Owns: model file, weights, tokenizer, block store, requests. Fails how: Create and Submit return a Status; a request
@@ -25,13 +25,13 @@ namespace jointkv::engine {
 
 struct EngineOptions {
   std::string model_path;
-  int threads = 0;                 // 0: one per available core
-  size_t kv_bytes = 0;             // 0: a third of the memory that is free after loading
+  int threads = 0;                      // 0: one per available core
+  size_t kv_bytes = 0;                  // 0: a third of the memory that is free after loading
   std::optional<codec::Codec> kv_type;  // none: f32 for an f32 model, else bf16
   bool prefix_cache = true;
-  int max_running = 64;            // sequences decoding or prefilling at once
-  int step_tokens = 512;           // rows of one step
-  int max_context = 0;             // tokens of one sequence; 0: what the model was trained for
+  int max_running = 64;   // sequences decoding or prefilling at once
+  int step_tokens = 512;  // rows of one step
+  int max_context = 0;    // tokens of one sequence; 0: what the model was trained for
   bool deterministic = false;
   std::optional<dense::Precision> precision;
   std::optional<int> quantised_rows;
@@ -67,7 +67,8 @@ class Engine {
   const EngineOptions& options() const { return options_; }
 
   // Called with the raw logits of each sampled row, before sampling: for evaluations and tests.
-  using LogitsObserver = std::function<void(RequestId request, int choice, int position, std::span<const float> logits)>;
+  using LogitsObserver =
+      std::function<void(RequestId request, int choice, int position, std::span<const float> logits)>;
   void ObserveLogits(LogitsObserver observer) { observer_ = std::move(observer); }
 
  private:
@@ -107,7 +108,8 @@ class Engine {
   std::map<RequestId, std::unique_ptr<RequestState>> requests_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in order of admission
   int32_t next_request_ = 0;
-  int64_t fair_clock_ = 0;  // served_tokens of the domain admitted last: who was idle starts from here, not from the past
+  int64_t fair_clock_ =
+      0;  // served_tokens of the domain admitted last: who was idle starts from here, not from the past
   bool any_cancelled_ = false;
   bool any_finished_ = false;
 

@@ -33,9 +33,9 @@ struct RequestTimes {
 // One token of one choice, its end, or both.
 struct Event {
   RequestId request;
-  int choice = 0;       // 0 .. n - 1
-  TokenId token = -1;   // -1: no token (the end of a choice that was cancelled or failed)
-  std::string text;     // whole UTF-8 characters; what stop strings may still claim is held back
+  int choice = 0;            // 0 .. n - 1
+  TokenId token = -1;        // -1: no token (the end of a choice that was cancelled or failed)
+  std::string text;          // whole UTF-8 characters; what stop strings may still claim is held back
   SampledLogprobs logprobs;  // filled when asked for
   FinishReason finish = FinishReason::kNone;
 
@@ -52,12 +52,12 @@ struct EngineStats {
   int waiting = 0;
   int running_peak = 0;
   int64_t steps = 0;
-  int64_t prompt_tokens = 0;       // of admitted requests, cached or computed
-  int64_t prefill_tokens = 0;      // computed, recomputation after preemption included
+  int64_t prompt_tokens = 0;   // of admitted requests, cached or computed
+  int64_t prefill_tokens = 0;  // computed, recomputation after preemption included
   int64_t output_tokens = 0;
   int64_t prefix_cached_tokens = 0;
   int64_t preemptions = 0;
-  double prefill_s = 0;            // steps with prefill rows, by share of rows
+  double prefill_s = 0;  // steps with prefill rows, by share of rows
   double decode_s = 0;
   size_t kv_bytes_peak = 0;          // blocks that running sequences refer to
   size_t kv_bytes_logical_peak = 0;  // the same tokens as private 16-bit K and V

@@ -17,6 +17,14 @@
 #include "engine/test_models.h"
 #include "text/detokenizer.h"
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define JOINTKV_SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define JOINTKV_SANITIZED
+#endif
+#endif
+
 namespace jointkv::engine {
 
 using Tokens = std::vector<TokenId>;

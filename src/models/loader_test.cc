@@ -115,10 +115,10 @@ TEST_P(LoaderTest, AnyWrongShapeIsNamed) {
 }
 
 TEST_P(LoaderTest, WrongBiasIsNamed) {
-  for (const char* name : {"blk.0.attn_q.bias", "blk.0.attn_v.bias", "blk.0.ffn_down.bias", "output.bias"}) {
+  for (const std::string name : {"blk.0.attn_q.bias", "blk.0.attn_v.bias", "blk.0.ffn_down.bias", "output.bias"}) {
     std::vector<Shape> shapes = Shapes(arch());
     shapes.push_back({name, {7}});
-    ExpectRefused(Load(Build(arch(), shapes)), StatusCode::kInvalidArgument, {"'" + std::string(name) + "'", "[7]"});
+    ExpectRefused(Load(Build(arch(), shapes)), StatusCode::kInvalidArgument, {"'" + name + "'", "[7]"});
   }
 }
 

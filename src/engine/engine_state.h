@@ -1,0 +1,52 @@
+// What the engine keeps of requests. Private to engine/.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/stop_strings.h"
+#include "text/detokenizer.h"
+
+namespace jointkv::engine {
+
+// What the choices of one request share.
+struct Engine::RequestState {
+  RequestId id;
+  Request request;
+  RequestTimes times;
+  int cached_tokens = 0;
+  int open_choices = 0;  // not finished yet
+  bool started = false;
+  bool cancelled = false;
+};
+
+// One choice of one request, waiting or running.
+struct Engine::Sequence {
+  RequestState* request = nullptr;
+  int choice = 0;
+  SequenceId kv;                // valid while running
+  std::vector<TokenId> tokens;  // prompt, then output
+  int computed = 0;             // tokens whose K and V are in the store
+  int output_tokens = 0;
+  Sampler sampler;
+  text::StreamDetokenizer detokenizer;
+  StopStringMatcher stops;
+  bool forked = false;  // the other choices exist (or n is 1)
+  bool finished = false;
+  int planned_rows = 0;  // in the present step
+
+  Sequence(RequestState* r, int c, Sampler s, const text::Tokenizer& tokenizer, StopStringMatcher m)
+      : request(r), choice(c), sampler(std::move(s)), detokenizer(tokenizer), stops(std::move(m)) {}
+  int Remaining() const { return static_cast<int>(tokens.size()) - computed; }
+};
+
+// Requests of one domain wait in order; domains take turns by what they were given so far.
+struct Engine::Tenant {
+  std::deque<std::unique_ptr<Sequence>> waiting;
+  int64_t served_tokens = 0;  // prompts admitted and tokens given
+};
+
+}  // namespace jointkv::engine

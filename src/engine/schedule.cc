@@ -1,0 +1,152 @@
+// Which rows of which sequences the next step computes: cancel, admission, planning, preemption.
+#include <algorithm>
+
+#include "base/clock.h"
+#include "engine/engine_state.h"
+
+namespace jointkv::engine {
+
+void Engine::DropCancelled(std::vector<Event>& events) {
+  if (!any_cancelled_) return;
+  any_cancelled_ = false;
+  const auto end = [&](Sequence& sequence) {
+    if (sequence.request->cancelled) EndSequence(sequence, FinishReason::kCancelled, Status::Ok(), events);
+  };
+  for (auto& sequence : running_) end(*sequence);
+  for (auto& [domain, tenant] : tenants_) {
+    for (auto& sequence : tenant.waiting) end(*sequence);
+    std::erase_if(tenant.waiting, [](const auto& sequence) { return sequence->finished; });
+  }
+  RemoveFinished();
+}
+
+// Bytes that admitted prompts will still take.
+size_t Engine::PendingBytes() const {
+  int pending = 0;
+  for (const auto& sequence : running_) pending += std::max(0, sequence->Remaining() - 1);
+  return cache_->MinimumBytes(pending);
+}
+
+Engine::Tenant* Engine::NextTenant() {
+  Tenant* next = nullptr;
+  for (auto& [domain, tenant] : tenants_) {
+    if (tenant.waiting.empty()) continue;
+    if (next == nullptr || tenant.served_tokens < next->served_tokens) next = &tenant;
+  }
+  return next;
+}
+
+void Engine::Admit() {
+  while (AdmitNext()) {
+  }
+}
+
+bool Engine::AdmitNext() {
+  Tenant* tenant = NextTenant();
+  if (tenant == nullptr) return false;
+  Sequence& sequence = *tenant->waiting.front();
+  const SamplingParams& sampling = sequence.request->request.sampling;
+  const int slots = sequence.forked ? 1 : sampling.n;
+  int running = 0;
+  for (const auto& other : running_) running += other->forked ? 1 : other->request->request.sampling.n;
+  if (running + slots > options_.max_running) return false;
+  // Reserve: every running sequence may open another block before anything ends.
+  const size_t reserve = PendingBytes() + cache_->MinimumBytes(codec::kBlockTokensMax) * (running_.size() + slots);
+  if (!running_.empty() && !cache_->HasRoomFor(static_cast<int>(sequence.tokens.size()), reserve)) return false;
+
+  const int longest = static_cast<int>(sequence.request->request.prompt.size()) + sampling.max_tokens;
+  sequence.kv = cache_->Create(sequence.request->request.domain, longest);
+  sequence.computed = cache_->AdoptPrefix(sequence.kv, sequence.tokens);
+  RequestState& request = *sequence.request;
+  if (!request.started) {
+    request.started = true;
+    request.times.started_s = MonotonicSeconds();
+    request.cached_tokens = sequence.computed;
+    stats_.prompt_tokens += static_cast<int64_t>(request.request.prompt.size());
+    stats_.prefix_cached_tokens += sequence.computed;
+    fair_clock_ = std::max(fair_clock_, tenant->served_tokens);
+    tenant->served_tokens += static_cast<int64_t>(request.request.prompt.size());
+  }
+  running_.push_back(std::move(tenant->waiting.front()));
+  tenant->waiting.pop_front();
+  return true;
+}
+
+// Chooses this step's rows and reserves their slots. Decoding sequences first, oldest first, then prompts.
+void Engine::Plan() {
+  planned_.clear();
+  for (auto& sequence : running_) sequence->planned_rows = 0;
+  int decoding = 0;
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (running_[i]->Remaining() == 1) decoding += Reserve(*running_[i], 1);
+  }
+  // Prompts go on by a row also where decoding takes the whole budget.
+  int budget = std::max(1, options_.step_tokens - decoding);
+  for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
+    Sequence& sequence = *running_[i];
+    if (sequence.planned_rows > 0 || sequence.Remaining() <= 1) continue;
+    int rows = std::min(budget, sequence.Remaining());
+    // A rest of one row would count as decoding next time, before older prompts: take one row less instead.
+    if (sequence.Remaining() - rows == 1 && rows > 1) --rows;
+    rows = Reserve(sequence, rows);
+    if (rows == 0) break;
+    budget -= rows;
+  }
+  step_tokens_.clear();
+  step_spans_.clear();
+  logit_rows_.clear();
+  logit_sequences_.clear();
+  for (auto& sequence : running_) {
+    if (sequence->planned_rows == 0) continue;
+    const attention::RowSpan span = {sequence->kv, static_cast<int>(step_tokens_.size()), sequence->planned_rows,
+                                     sequence->computed};
+    const auto first = sequence->tokens.begin() + sequence->computed;
+    step_tokens_.insert(step_tokens_.end(), first, first + span.rows);
+    step_spans_.push_back(span);
+    planned_.push_back({sequence.get(), span});
+    if (span.rows == sequence->Remaining()) {
+      logit_rows_.push_back(span.first_row + span.rows - 1);
+      logit_sequences_.push_back(sequence.get());
+    }
+  }
+}
+
+// Reserves slots for the next rows of a sequence, preempting younger ones until they fit, and returns how many rows. 0
+// when the sequence itself had to go, or stands alone and not one fits; fewer than asked only when it stands alone
+// (sliding windows may give back blocks between shorter steps).
+int Engine::Reserve(Sequence& sequence, int rows) {
+  const auto tokens = std::span<const TokenId>(sequence.tokens).subspan(sequence.computed);
+  while (rows > 0 && !cache_->Append(sequence.kv, tokens.first(rows))) {
+    if (PreemptYoungest(sequence)) continue;
+    if (running_.size() > 1) {
+      Preempt(sequence);
+      return 0;
+    }
+    rows /= 2;
+  }
+  sequence.planned_rows = rows;
+  return rows;
+}
+
+// Preempts the youngest running sequence that is younger than `keep`.
+bool Engine::PreemptYoungest(const Sequence& keep) {
+  if (running_.back().get() == &keep) return false;
+  Preempt(*running_.back());
+  return true;
+}
+
+// Back to the head of its queue: it will be computed again, from the prefix cache as far as that still reaches.
+void Engine::Preempt(Sequence& sequence) {
+  cache_->Free(sequence.kv);
+  sequence.kv = SequenceId();
+  sequence.computed = 0;
+  sequence.planned_rows = 0;
+  const auto found = std::ranges::find_if(running_, [&](const auto& s) { return s.get() == &sequence; });
+  CHECK(found != running_.end());
+  auto& waiting = tenants_[sequence.request->request.domain].waiting;
+  waiting.push_front(std::move(*found));
+  running_.erase(found);
+  ++stats_.preemptions;
+}
+
+}  // namespace jointkv::engine
