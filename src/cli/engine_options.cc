@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/bytes.h"
+#include "base/cpu.h"
 #include "cli/terminal.h"
 
 namespace jointkv::cli {
@@ -114,6 +115,11 @@ std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& e
     exit_code = kExitUsage;
     return nullptr;
   }
+  if (options.precision == dense::Precision::kBf16 && !HasAvx512Bf16()) {
+    Complain("--compute bf16: this CPU has no AVX-512 BF16, or JOINTKV_TARGET leaves it out");
+    exit_code = kExitUsage;
+    return nullptr;
+  }
   ProgressLine progress;
   options.load_progress = [&progress](int done, int total) {
     if (!progress.due() || total <= 0) return;
@@ -124,7 +130,7 @@ std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& e
   Expected<std::unique_ptr<engine::Engine>> engine = engine::Engine::Create(options);
   if (!engine.ok()) {
     Complain(engine.status().message());
-    exit_code = engine.status().code() == StatusCode::kOutOfRange ? kExitUsage : kExitFailed;
+    exit_code = kExitFailed;
     return nullptr;
   }
   return std::move(engine).value();

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -230,6 +231,7 @@ void Generate::WriteRow(const OrderedJson& row) {
   if (json_ == nullptr) return;
   const std::string line = row.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
   std::fwrite(line.data(), 1, line.size(), json_);
+  std::fflush(json_);
 }
 
 int Generate::Finish() {

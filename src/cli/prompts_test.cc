@@ -12,7 +12,11 @@
 namespace jointkv::cli {
 namespace {
 
-Expected<Prompt> Parse(std::string_view line) { return ParsePrompt(line, engine::SamplingParams{.top_k = 7}); }
+Expected<Prompt> Parse(std::string_view line) {
+  engine::SamplingParams defaults;
+  defaults.top_k = 7;
+  return ParsePrompt(line, defaults);
+}
 
 TEST(ParsePromptTest, TakesText) {
   const Expected<Prompt> prompt = Parse(R"({"id": "a", "prompt": "Hi \u00e4"})");

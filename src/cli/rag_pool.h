@@ -18,7 +18,7 @@ struct Document {
   std::string question;
 };
 
-// Documents of about 100 words, made of English words by fixed rules and a seed.
+// Documents of about 80 words, made of English words by fixed rules and a seed.
 std::vector<Document> MakeUpDocuments(int count, uint64_t seed);
 
 // The first `count` rows of a JSONL file with the fields title, text and question; others are ignored. Fails with

@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""The program from outside, on the real default model: python3 tests/e2e/cli_test.py build/jointkv VERSION
+
+Exits with 77 when there is no model file (JOINTKV_MODEL, or the one that `make setup` fetches).
+"""
+
+import json
+import os
+import pathlib
+import pty
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+TIMEOUT_S = 300
+SKIPPED = 77
+KV = ["--kv-bytes", "256M"]
+
+PROMPTS = [
+    {"prompt": "The capital of France is"},
+    {"prompt": "Water boils at a temperature of"},
+    {"prompt": "def fibonacci(n):\n", "stop": ["\n\n"]},
+    {"prompt": "Once upon a time, in a village by the sea,", "temperature": 0.8, "seed": 1},
+    {"messages": [{"role": "user", "content": "Name three colours."}]},
+    {"messages": [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is ice cold?"}],
+     "id": "ice", "logprobs": True, "top_logprobs": 2},
+    {"messages": [{"role": "user", "content": "Write a line about rain."}], "n": 2, "seed": 7},
+    {"tokens": [504, 3575, 282, 4649, 314]},
+]
+
+
+def model_path():
+    cache = os.environ.get("JOINTKV_CACHE") or pathlib.Path.home() / ".cache" / "jointkv"
+    return pathlib.Path(os.environ.get("JOINTKV_MODEL") or
+                        pathlib.Path(cache) / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def run(*arguments, text=None, env=None):
+    return subprocess.run([PROGRAM, *map(str, arguments)], input=text, capture_output=True, encoding="utf-8",
+                          timeout=TIMEOUT_S, env=None if env is None else {**os.environ, **env})
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.scratch = pathlib.Path(scratch.name)
+
+    def write_rows(self, rows):
+        path = self.scratch / "prompts.jsonl"
+        path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def read_rows(self, path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def assert_usage(self, message, *arguments, env=None):
+        done = run(*arguments, env=env)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertTrue(done.stderr.startswith("jointkv: "), done.stderr)
+        self.assertIn(message, done.stderr)
+        self.assertEqual(done.stdout, "")
+
+
+class Generate(Case):
+    def test_many_prompts(self):
+        output, summary = self.scratch / "out.jsonl", self.scratch / "summary.json"
+        done = run("generate", "--prompts", self.write_rows(PROMPTS), "--max-tokens", 16, "--temperature", 0,
+                   "--json", output, "--summary", summary, *KV)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("time to first token", done.stderr)
+
+        rows = {(row["index"], row["choice"]): row for row in self.read_rows(output)}
+        self.assertEqual(len(rows), 9)
+        self.assertIn("Paris", rows[0, 0]["text"])
+        for row in rows.values():
+            self.assertIn(row["finish_reason"], ("stop", "length"))
+            usage = row["usage"]
+            self.assertEqual(usage["output_tokens"], len(row["tokens"]))
+            self.assertTrue(1 <= usage["output_tokens"] <= 16)
+            self.assertGreater(row["timings"]["ttft_ms"], 0)
+            self.assertEqual(set(row["timings"]), {"queue_ms", "ttft_ms", "tpot_ms"})
+        self.assertNotIn("\n\n", rows[2, 0]["text"])
+        self.assertEqual(rows[5, 0]["id"], "ice")
+        self.assertEqual(len(rows[5, 0]["logprobs"]), len(rows[5, 0]["tokens"]))
+        for entry in rows[5, 0]["logprobs"]:
+            self.assertEqual(len(entry["top"]), 2)
+            self.assertLessEqual(entry["logprob"], 0)
+        self.assertEqual(rows[7, 0]["usage"]["prompt_tokens"], 5)
+
+        told = json.loads(summary.read_text())
+        self.assertEqual(list(told), [
+            "requests", "prompt_tokens", "output_tokens", "wall_s", "req_s", "prefill_tok_s", "decode_tok_s",
+            "ttft_ms", "tpot_ms", "kv_bytes_peak", "kv_bytes_logical_peak", "running_peak", "preemptions",
+            "prefix_cached_tokens"])
+        self.assertEqual(told["requests"], 8)
+        self.assertEqual(told["output_tokens"], sum(row["usage"]["output_tokens"] for row in rows.values()))
+        self.assertEqual(told["prompt_tokens"], sum(row["usage"]["prompt_tokens"] for row in rows.values()
+                                                    if row["choice"] == 0))
+        self.assertEqual(told["running_peak"], 9)
+        self.assertEqual(told["preemptions"], 0)
+        self.assertLessEqual(told["ttft_ms"]["p50"], told["ttft_ms"]["p95"])
+        for name in ("wall_s", "req_s", "prefill_tok_s", "decode_tok_s", "kv_bytes_peak", "kv_bytes_logical_peak"):
+            self.assertGreater(told[name], 0, name)
+
+    def test_one_prompt_streams_to_stdout(self):
+        done = run("generate", "--prompt", "The capital of France is", "--max-tokens", 4, "--temperature", 0, *KV)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(done.stdout.startswith(" Paris"), done.stdout)
+        self.assertIn("decode", done.stderr)
+
+    def test_quiet(self):
+        done = run("generate", "--prompt", "2 + 2 =", "--max-tokens", 4, "--chat", "--quiet", *KV)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_bad_rows_are_named_and_the_others_run(self):
+        output = self.scratch / "out.jsonl"
+        path = self.write_rows([
+            {"prompt": "Hello", "max_tokens": 2}, "nonsense\n", {"prompt": 5}, {"prompt": "a", "max_token": 3},
+            {"prompt": "a", "temperature": -1}, {"tokens": [10000000]}, {"prompt": ""}, {"prompt": "Bye", "max_tokens": 2}])
+        done = run("generate", "--prompts", path, "--json", output, *KV)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        for line, message in [(2, "not JSON"), (3, "prompt: expected a string"), (4, "'max_token': unknown field"),
+                              (5, "temperature"), (6, "10000000"), (7, "prompt")]:
+            self.assertRegex(done.stderr, f"jointkv: .*prompts.jsonl:{line}: .*{message}")
+        rows = {row["index"]: row for row in self.read_rows(output)}
+        self.assertEqual(sorted(rows), list(range(8)))
+        self.assertEqual([index for index, row in rows.items() if "error" not in row and len(row["tokens"]) == 2], [0, 7])
+
+    def test_a_request_that_can_never_fit_is_refused(self):
+        path = self.write_rows([{"prompt": "Hello", "max_tokens": 8000}, {"prompt": "Hello", "max_tokens": 2}])
+        done = run("generate", "--prompts", path, "--kv-bytes", "32M")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("prompts.jsonl:1: ", done.stderr)
+        self.assertIn("== 1 (length)", done.stdout)
+
+    def test_interrupt(self):
+        summary = self.scratch / "summary.json"
+        rows = [{"prompt": "Hello", "max_tokens": 2}] + [
+            {"prompt": f"Story {i}:", "max_tokens": 4000, "ignore_eos": True} for i in range(4)]
+        with subprocess.Popen([PROGRAM, "generate", "--prompts", self.write_rows(rows), "--json", "-", "--summary",
+                               summary, "--kv-bytes", "1G"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              encoding="utf-8") as child:
+            self.addCleanup(child.kill)
+            first = child.stdout.readline()
+            self.assertEqual(json.loads(first)["finish_reason"], "length")
+            child.send_signal(signal.SIGINT)
+            rest, errors = child.communicate(timeout=60)
+        self.assertEqual(child.returncode, 130, errors)
+        self.assertEqual([json.loads(line)["finish_reason"] for line in rest.splitlines()], ["cancelled"] * 4)
+        self.assertEqual(json.loads(summary.read_text())["requests"], 1)
+        self.assertIn("requests", errors)
+
+    def test_usage_errors(self):
+        self.assert_usage("--prompt", "generate")
+        self.assert_usage("--prompt", "generate", "--prompt", "a", "--prompts", "b")
+        self.assert_usage("--no-such-flag", "generate", "--prompt", "a", "--no-such-flag")
+        self.assert_usage("12Q", "generate", "--prompt", "a", "--kv-bytes", "12Q")
+        self.assert_usage("--threads", "generate", "--prompt", "a", "--threads", "-3")
+        self.assert_usage("--kv-type", "generate", "--prompt", "a", "--kv-type", "q4")
+        self.assert_usage("--logit-bias", "generate", "--prompt", "a", "--logit-bias", "5")
+        self.assert_usage("temperature", "generate", "--prompt", "a", "--temperature", "-1")
+        self.assert_usage("make setup", "generate", "--prompt", "a", "-m", "/nonexistent.gguf")
+        self.assert_usage("/nonexistent.jsonl", "generate", "--prompts", "/nonexistent.jsonl")
+        self.assert_usage("no command 'nonsense'", "nonsense")
+        self.assert_usage("required")
+        self.assert_usage("--compute bf16", "generate", "--prompt", "a", "--compute", "bf16", env={"JOINTKV_TARGET": "avx2"})
+        self.assert_usage("no-such-target", "--version", env={"JOINTKV_TARGET": "no-such-target"})
+
+    def test_a_file_that_is_no_model(self):
+        path = self.scratch / "model.gguf"
+        path.write_text("nonsense")
+        done = run("generate", "--prompt", "a", "-m", path)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, "^jointkv: ")
+
+
+class Chat(Case):
+    def test_pipe(self):
+        done = run("chat", "--temperature", 0, "--max-tokens", 12, *KV,
+                   text="What is the capital of France?\n\nAnd of Italy?\n/stats\n/nonsense\n/exit\nnever read\n")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("Paris", done.stdout)
+        self.assertNotIn("> ", done.stdout)
+        self.assertRegex(done.stdout, r"requests +2 in")
+        # The second turn begins with the first.
+        self.assertRegex(done.stdout, r"prompt tokens +\d+, [1-9]\d* from the prefix cache")
+        self.assertIn("unknown command /nonsense", done.stdout)
+
+    def test_terminal(self):
+        child, terminal = pty.fork()
+        if child == 0:
+            os.execv(PROGRAM, [PROGRAM, "chat", "--ignore-eos", "--max-tokens", "4000", *KV])
+        try:
+            self.wait_for(terminal, "\n> ")
+            os.write(terminal, b"Tell me a story.\n")
+            self.wait_for(terminal, "story.\r\n", more=20)
+            os.write(terminal, b"\x03")
+            self.wait_for(terminal, "(stopped)\r\n\r\n> ")
+            os.write(terminal, b"\x03")
+            self.wait_for(terminal, "leaves)\r\n> ")
+            os.write(terminal, b"\x04")
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0)
+            child = None
+        finally:
+            if child is not None:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            os.close(terminal)
+
+    def wait_for(self, terminal, text, more=0):
+        seen, deadline = "", time.monotonic() + 60
+        while text not in seen or len(seen) - seen.index(text) - len(text) < more:
+            self.assertLess(time.monotonic(), deadline, f"no {text!r} in {seen!r}")
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096).decode("utf-8", "replace")
+
+
+class Others(Case):
+    def test_version(self):
+        done = run("--version")
+        self.assertEqual(done.returncode, 0)
+        lines = done.stdout.splitlines()
+        self.assertEqual(lines[0], f"jointkv {VERSION}")
+        for name in ("build", "CPU", "llama.cpp", "Highway", "xxHash", "spdlog", "CLI11", "nlohmann"):
+            self.assertRegex(done.stdout, rf"(?m)^{name} +\S")
+
+    def test_help(self):
+        for command in (["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"],
+                        ["bench", "engine", "--help"], ["demo", "--help"]):
+            done = run(*command)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), command)
+            self.assertIn("Usage: jointkv", done.stdout)
+
+    def test_inspect(self):
+        done = run("inspect", "--json", MODEL)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        told = json.loads(done.stdout)
+        self.assertEqual(told["file_bytes"], MODEL.stat().st_size)
+        self.assertEqual(sum(tensor["bytes"] for tensor in told["tensors"]),
+                         sum(kind["bytes"] for kind in told["types"].values()))
+        hp = told["hyperparameters"]
+        token_bytes = 2 * 2 * hp["n_layers"] * hp["n_kv_heads"] * hp["head_dim"]
+        self.assertEqual(told["kv"]["bf16"]["bytes_per_token"], token_bytes)
+        self.assertEqual(told["kv"]["f16"]["bytes_per_token"], token_bytes)
+        self.assertEqual(told["kv"]["f32"]["bytes_per_token"], 2 * token_bytes)
+        self.assertGreater(told["memory"]["packed_bytes"], told["memory"]["lean_bytes"])
+        self.assertIn("token_embd.weight", run("inspect").stdout)
+
+    def test_bench_prints_nothing_but_json(self):
+        done = run("bench", "engine", "--prompt-lengths", 32, "--batches", "1,3", "--context", 16,
+                   "--decode-tokens", 4, "--repeat", 2, "--json", "-", *KV)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        results = json.loads(done.stdout)["results"]
+        self.assertEqual([(r["kind"], r["batch"], r["context"]) for r in results],
+                         [("prefill", 1, 32), ("decode", 1, 16), ("decode", 3, 16)])
+        for result in results:
+            self.assertTrue(0 < result["tok_s_min"] <= result["tok_s"] <= result["tok_s_max"])
+
+    def test_demo(self):
+        done = run("demo", "--requests", 2, "--documents", 2, "--pool", 3, "--output-tokens", 4, "--summary",
+                   self.scratch / "summary.json", *KV)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("KV memory, peak", done.stdout)
+        summary = json.loads((self.scratch / "summary.json").read_text())
+        self.assertEqual((summary["requests"], summary["output_tokens"]), (2, 8))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    PROGRAM, VERSION = str(pathlib.Path(sys.argv[1]).resolve()), sys.argv[2]
+    del sys.argv[1:3]
+    MODEL = model_path()
+    if not MODEL.is_file():
+        print(f"skipped: there is no model file {MODEL}; `make setup` fetches it")
+        sys.exit(SKIPPED)
+    unittest.main(verbosity=2)
