@@ -1,14 +1,17 @@
 #include "cli/terminal.h"
 
+#include <poll.h>
 #include <signal.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <memory>
 #include <string_view>
@@ -19,9 +22,16 @@ namespace jointkv::cli {
 namespace {
 
 volatile std::sig_atomic_t interrupted = 0;
+int interrupt_event = -1;  // readable after a Ctrl-C, whichever thread took the signal
 bool line_shown = false;
 
-void OnInterrupt(int) { interrupted = 1; }
+void OnInterrupt(int) {
+  const int saved = errno;
+  interrupted = 1;
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = write(interrupt_event, &one, sizeof(one));
+  errno = saved;
+}
 
 void ClearLine() {
   if (line_shown) std::fputs("\r\033[K", stderr);
@@ -42,10 +52,14 @@ void Complain(const std::string& message) {
 }
 
 void ArmInterrupt() {
+  if (interrupt_event < 0) interrupt_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  uint64_t count = 0;
+  while (read(interrupt_event, &count, sizeof(count)) > 0) {
+  }
   interrupted = 0;
   struct sigaction action = {};
   action.sa_handler = OnInterrupt;
-  action.sa_flags = static_cast<int>(SA_RESETHAND);  // and no SA_RESTART: a read at the prompt returns
+  action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
   sigemptyset(&action.sa_mask);
   sigaction(SIGINT, &action, nullptr);
 }
@@ -62,11 +76,12 @@ LineReader::Result LineReader::Next(std::string& line) {
       return Result::kLine;
     }
     if (ended_) return Result::kEnd;
+    std::array<pollfd, 2> waited = {{{STDIN_FILENO, POLLIN, 0}, {interrupt_event, POLLIN, 0}}};
+    if (poll(waited.data(), waited.size(), -1) < 0 && errno != EINTR) return Result::kEnd;
+    if (Interrupted()) return Result::kInterrupted;
+    if (waited[0].revents == 0) continue;
     const ssize_t got = read(STDIN_FILENO, buffer.data(), buffer.size());
-    if (got < 0 && errno == EINTR) {
-      if (Interrupted()) return Result::kInterrupted;
-      continue;
-    }
+    if (got < 0 && errno == EINTR) continue;
     ended_ = got <= 0;
     // What is past the limit of one line is dropped, up to its end.
     const std::string_view piece(buffer.data(), static_cast<size_t>(std::max<ssize_t>(got, 0)));

@@ -15,12 +15,11 @@ inline constexpr int kExitInterrupted = 130;
 // "jointkv: message" on stderr, above the line of progress.
 void Complain(const std::string& message);
 
-// From now on the next Ctrl-C makes Interrupted() true and interrupts a read; the one after it ends the process. Arm
-// again to start over.
+// From now on the next Ctrl-C makes Interrupted() true; the one after it ends the process. Arm again to start over.
 void ArmInterrupt();
 bool Interrupted();
 
-// Lines of standard input, read so that Ctrl-C returns to the caller. Threads: one. Owns: what was read ahead.
+// Lines of standard input, read so that Ctrl-C (armed) returns to the caller. Threads: one. Owns: what was read ahead.
 // Fails how: a line beyond kLineBytesMax is cut there.
 class LineReader {
  public:

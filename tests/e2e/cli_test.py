@@ -149,7 +149,7 @@ class Generate(Case):
             first = child.stdout.readline()
             self.assertEqual(json.loads(first)["finish_reason"], "length")
             child.send_signal(signal.SIGINT)
-            rest, errors = child.communicate(timeout=60)
+            rest, errors = child.communicate(timeout=180)
         self.assertEqual(child.returncode, 130, errors)
         self.assertEqual([json.loads(line)["finish_reason"] for line in rest.splitlines()], ["cancelled"] * 4)
         self.assertEqual(json.loads(summary.read_text())["requests"], 1)
@@ -213,7 +213,7 @@ class Chat(Case):
             os.close(terminal)
 
     def wait_for(self, terminal, text, more=0):
-        seen, deadline = "", time.monotonic() + 60
+        seen, deadline = "", time.monotonic() + 180
         while text not in seen or len(seen) - seen.index(text) - len(text) < more:
             self.assertLess(time.monotonic(), deadline, f"no {text!r} in {seen!r}")
             if select.select([terminal], [], [], 1)[0]:
