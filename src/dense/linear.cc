@@ -245,12 +245,16 @@ void Linear::ForwardQuantised(ThreadPool& pool, LinearScratch& scratch, const Ac
       quantised[p] = target;
     }
   }
+  ggml_vec_dot_t vec_dot[kPartsMax] = {};
+  size_t weight_row_bytes[kPartsMax] = {};
+  for (size_t p = 0; p < parts_.size(); ++p) {
+    vec_dot[p] = CpuTraits(parts_[p].tensor->type).vec_dot;
+    weight_row_bytes[p] = ggml_row_size(parts_[p].tensor->type, in_);
+  }
   const auto dot = [&](int part, int row, int x_row) {
-    const gguf::Tensor& tensor = *parts_[part].tensor;
     float sum = 0;
-    CpuTraits(tensor.type)
-        .vec_dot(in_, &sum, 0, tensor.data + static_cast<size_t>(row) * ggml_row_size(tensor.type, in_), 0,
-                 quantised[part] + x_row * row_bytes[part], 0, 1);
+    vec_dot[part](in_, &sum, 0, parts_[part].tensor->data + row * weight_row_bytes[part], 0, quantised[part] + x_row * row_bytes[part], 0,
+                  1);
     return sum;
   };
   const auto bias = [&](int part, int row) {
