@@ -27,7 +27,8 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
     plan_of_layer_.push_back(static_cast<int>(plan - plans_.begin()));
   }
   q_.resize(static_cast<size_t>(max_rows) * shape.d_q());
-  const size_t row_bytes = (RowScratchFloats(shape.head_dim) + static_cast<size_t>(kGroupMax) * (shape.head_dim + 2)) * sizeof(float);
+  const size_t row_bytes =
+      (RowScratchFloats(shape.head_dim) + static_cast<size_t>(kGroupMax) * (shape.head_dim + 2)) * sizeof(float);
   const size_t tile_bytes = tiles_ ? TileScratchBytes(shape.head_dim) : 0;
   thread_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 4096);
   scratch_ = HugeBuffer(thread_scratch_bytes_ * threads);
@@ -53,7 +54,8 @@ void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
   size_t partials = 0;
   for (WindowPlan& plan : plans_) {
     PlanWindow(cache, plan);
-    if (!plan.merges.empty()) partials = std::max<size_t>(partials, plan.merges.back().first_partial + plan.merges.back().partials);
+    if (!plan.merges.empty())
+      partials = std::max<size_t>(partials, plan.merges.back().first_partial + plan.merges.back().partials);
   }
   if (partials * partial_floats() > partials_.size()) partials_.resize(partials * partial_floats() * 2);
 }
@@ -92,13 +94,15 @@ void Attention::PlanWindow(const kv::KvCache& cache, WindowPlan& plan) {
       if (splits > 1) plan.merges.push_back({span.first_row + row, partials, splits});
       for (int at = first; at < last;) {
         const int end = std::min(last, (at / kSplitBlocks + 1) * kSplitBlocks);
-        plan.rows.push_back({static_cast<int>(i), span.first_row + row, position, at, end, splits > 1 ? partials++ : -1});
+        plan.rows.push_back(
+            {static_cast<int>(i), span.first_row + row, position, at, end, splits > 1 ? partials++ : -1});
         at = end;
       }
     }
   }
   // Long tiles first: the last ones handed out should be short.
-  std::ranges::stable_sort(plan.tiles, std::greater<>(), [](const TileUnit& unit) { return unit.rows * (unit.last - unit.first); });
+  std::ranges::stable_sort(plan.tiles, std::greater<>(),
+                           [](const TileUnit& unit) { return unit.rows * (unit.last - unit.first); });
 }
 
 BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& span, int kv_head) const {
@@ -113,7 +117,8 @@ BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& sp
   return run;
 }
 
-void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope, const HeadNorms& norms, float* qkv) {
+void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope,
+                      const HeadNorms& norms, float* qkv) {
   const int width = shape_.d_q() + 2 * shape_.d_kv();
   pool.ParallelFor(static_cast<int>(segments_.size()), [&](int task, int thread) {
     const Segment& segment = segments_[task];
@@ -133,7 +138,8 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
         dense::RmsNormRow(row + static_cast<ptrdiff_t>(head) * shape_.head_dim, norms.q, norms.eps, shape_.head_dim);
       }
       for (int head = 0; norms.k != nullptr && head < shape_.n_kv_heads; ++head) {
-        dense::RmsNormRow(row + static_cast<ptrdiff_t>(shape_.n_heads + head) * shape_.head_dim, norms.k, norms.eps, shape_.head_dim);
+        dense::RmsNormRow(row + static_cast<ptrdiff_t>(shape_.n_heads + head) * shape_.head_dim, norms.k, norms.eps,
+                          shape_.head_dim);
       }
       args.qkv = row;
       args.q = q_.data() + static_cast<ptrdiff_t>(segment.first_row + i) * shape_.d_q();
@@ -145,8 +151,8 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
   });
 }
 
-void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope, float rope_magnitude,
-                    const dense::Activations& out) {
+void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope,
+                    float rope_magnitude, const dense::Activations& out) {
   const WindowPlan& plan = plans_[plan_of_layer_[layer]];
   const int heads = shape_.n_kv_heads;
   const int tiles = static_cast<int>(plan.tiles.size()) * heads;
@@ -161,13 +167,14 @@ void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const
   pool.ParallelFor(static_cast<int>(plan.merges.size()), [&](int task, int) { MergeRow(plan.merges[task], out); });
 }
 
-void Attention::RunTile(const kv::KvCache& cache, int layer, const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,
-                        float rope_magnitude, const dense::Activations& out, int thread) {
+void Attention::RunTile(const kv::KvCache& cache, int layer, const WindowPlan& plan, const TileUnit& unit, int kv_head,
+                        const dense::RopeTable& rope, float rope_magnitude, const dense::Activations& out, int thread) {
   TileArgs args;
   args.run = RunOf(cache, layer, spans_[unit.span], kv_head);
   args.rope = &rope;
   args.inverse_magnitude = 1 / rope_magnitude;
-  args.q = q_.data() + static_cast<ptrdiff_t>(unit.row) * shape_.d_q() + static_cast<ptrdiff_t>(kv_head) * shape_.group() * shape_.head_dim;
+  args.q = q_.data() + static_cast<ptrdiff_t>(unit.row) * shape_.d_q() +
+           static_cast<ptrdiff_t>(kv_head) * shape_.group() * shape_.head_dim;
   args.q_row_stride = shape_.d_q();
   args.group = shape_.group();
   args.rows = unit.rows;
@@ -182,8 +189,8 @@ void Attention::RunTile(const kv::KvCache& cache, int layer, const WindowPlan& p
   TileAttentionBf16(args);
 }
 
-void Attention::RunRow(const kv::KvCache& cache, int layer, const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
-                       const dense::Activations& out, int thread) {
+void Attention::RunRow(const kv::KvCache& cache, int layer, const WindowPlan& plan, const RowUnit& unit, int kv_head,
+                       const dense::RopeTable& rope, const dense::Activations& out, int thread) {
   auto* scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
   RowArgs args;
   args.run = RunOf(cache, layer, spans_[unit.span], kv_head);
@@ -214,7 +221,8 @@ void Attention::RunRow(const kv::KvCache& cache, int layer, const WindowPlan& pl
   }
 }
 
-void Attention::WriteRow(const float* sums, const float* total, int queries, int row, int first_head, const dense::Activations& out) const {
+void Attention::WriteRow(const float* sums, const float* total, int queries, int row, int first_head,
+                         const dense::Activations& out) const {
   const int head_dim = shape_.head_dim;
   for (int g = 0; g < queries; ++g) {
     const float scale = 1.0f / total[g];

@@ -1,7 +1,8 @@
 // Attention: one step's attention over the block store, layer by layer.
 //
 // Plan cuts a step into units of work once; Store and Run then execute them for each layer. A unit is either
-//   a row    one position of one sequence against at most kSplitBlocks of its blocks (decode, and any row where the result
+//   a row    one position of one sequence against at most kSplitBlocks of its blocks (decode, and any row where the
+//   result
 //            must not depend on how rows are grouped); partial results of one row are merged in block order
 //   a tile   a run of positions of one sequence against all their tokens (prefill), where the CPU has the kernel
 // times the KV heads.
@@ -56,7 +57,8 @@ class Attention {
 
   // Takes the step's QKV product (rows, d_q + 2 d_kv), normalises it per head in place, keeps the queries, and writes K
   // and V into the reserved slots of `layer`.
-  void Store(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope, const HeadNorms& norms, float* qkv);
+  void Store(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope,
+             const HeadNorms& norms, float* qkv);
 
   // out (rows, d_q) = softmax(q k^T) v over what each row may see.
   void Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope, float rope_magnitude,
@@ -102,11 +104,12 @@ class Attention {
 
   void PlanWindow(const kv::KvCache& cache, WindowPlan& plan);
   BlockRun RunOf(const kv::KvCache& cache, int layer, const RowSpan& span, int kv_head) const;
-  void RunRow(const kv::KvCache& cache, int layer, const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
-              const dense::Activations& out, int thread);
-  void RunTile(const kv::KvCache& cache, int layer, const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,
-               float rope_magnitude, const dense::Activations& out, int thread);
-  void WriteRow(const float* sums, const float* total, int queries, int row, int first_head, const dense::Activations& out) const;
+  void RunRow(const kv::KvCache& cache, int layer, const WindowPlan& plan, const RowUnit& unit, int kv_head,
+              const dense::RopeTable& rope, const dense::Activations& out, int thread);
+  void RunTile(const kv::KvCache& cache, int layer, const WindowPlan& plan, const TileUnit& unit, int kv_head,
+               const dense::RopeTable& rope, float rope_magnitude, const dense::Activations& out, int thread);
+  void WriteRow(const float* sums, const float* total, int queries, int row, int first_head,
+                const dense::Activations& out) const;
   void MergeRow(const Merge& merge, const dense::Activations& out) const;
 
   size_t partial_floats() const { return static_cast<size_t>(shape_.n_heads) * (shape_.head_dim + 2); }
@@ -116,12 +119,12 @@ class Attention {
   bool bf16_kernels_ = false;
   std::vector<RowSpan> spans_;
   std::vector<Segment> segments_;
-  std::vector<WindowPlan> plans_;    // one per distinct window
+  std::vector<WindowPlan> plans_;  // one per distinct window
   std::vector<int> plan_of_layer_;
-  std::vector<float> q_;             // (max_rows, n_heads, 2, head_dim / 2)
-  std::vector<float> partials_;      // (partials, n_heads, head_dim + 2): sums, max, total
+  std::vector<float> q_;         // (max_rows, n_heads, 2, head_dim / 2)
+  std::vector<float> partials_;  // (partials, n_heads, head_dim + 2): sums, max, total
   size_t thread_scratch_bytes_ = 0;
-  HugeBuffer scratch_;               // (threads, thread_scratch_bytes_)
+  HugeBuffer scratch_;  // (threads, thread_scratch_bytes_)
 };
 
 }  // namespace jointkv::attention

@@ -33,7 +33,8 @@ inline __m512i PackPairs(__m512 first, __m512 second) {
 }
 
 // Rotates q (2, n_pairs) f32 and packs it as bf16 pairs, times `factor`.
-inline void RotateToPairs(const float* q, int n_pairs, const float* cos, const float* sin, float factor, uint32_t* out) {
+inline void RotateToPairs(const float* q, int n_pairs, const float* cos, const float* sin, float factor,
+                          uint32_t* out) {
   const __m512 scale = _mm512_set1_ps(factor);
   for (int i = 0; i < n_pairs; i += 16) {
     const __mmask16 mask = LaneMask(n_pairs - i);

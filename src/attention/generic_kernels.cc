@@ -41,7 +41,8 @@ HWY_INLINE void LoadPairs(D d, const std::byte* at, hn::Vec<D>& first, hn::Vec<D
 
 // Scores of tokens [token, token + lanes) of one block. q: (2, n_pairs) rotated.
 template <class D>
-HWY_INLINE hn::Vec<D> ScoreVector(D d, Codec codec, const float* q, int n_pairs, const std::byte* k, int cap, int token) {
+HWY_INLINE hn::Vec<D> ScoreVector(D d, Codec codec, const float* q, int n_pairs, const std::byte* k, int cap,
+                                  int token) {
   auto sum0 = hn::Zero(d);
   auto sum1 = hn::Zero(d);
   for (int pair = 0; pair < n_pairs; ++pair) {
@@ -62,8 +63,8 @@ HWY_INLINE hn::Vec<D> ScoreVector(D d, Codec codec, const float* q, int n_pairs,
 
 // sums[channel, + lanes) += weights of tokens [begin, end) times V.
 template <class D>
-HWY_INLINE hn::Vec<D> WeighVector(D d, Codec codec, const float* weights, int begin, int end, const std::byte* v, int head_dim, int channel,
-                                  hn::Vec<D> sum) {
+HWY_INLINE hn::Vec<D> WeighVector(D d, Codec codec, const float* weights, int begin, int end, const std::byte* v,
+                                  int head_dim, int channel, hn::Vec<D> sum) {
   if (codec == Codec::kBf16) {
     for (int pair = begin / 2; pair < (end + 1) / 2; ++pair) {
       hn::Vec<D> first;
@@ -76,7 +77,8 @@ HWY_INLINE hn::Vec<D> WeighVector(D d, Codec codec, const float* weights, int be
   }
   const ptrdiff_t bytes = static_cast<ptrdiff_t>(codec::ElementBytes(codec));
   for (int token = begin; token < end; ++token) {
-    sum = hn::MulAdd(LoadElements(d, codec, v + (static_cast<ptrdiff_t>(token) * head_dim + channel) * bytes), hn::Set(d, weights[token]), sum);
+    sum = hn::MulAdd(LoadElements(d, codec, v + (static_cast<ptrdiff_t>(token) * head_dim + channel) * bytes),
+                     hn::Set(d, weights[token]), sum);
   }
   return sum;
 }
@@ -107,8 +109,10 @@ void RowAttentionImpl(const RowArgs& args) {
       const std::byte* k = args.run.Head(args.run.k, index);
       float* row = scores + (index - args.first) * codec::kBlockTokensMax;
       int token = 0;
-      for (; token + lanes <= block.cap; token += lanes) hn::StoreU(ScoreVector(d, codec, rotated, n_pairs, k, block.cap, token), d, row + token);
-      for (; token < block.cap; token += lanes4) hn::StoreU(ScoreVector(d4, codec, rotated, n_pairs, k, block.cap, token), d4, row + token);
+      for (; token + lanes <= block.cap; token += lanes)
+        hn::StoreU(ScoreVector(d, codec, rotated, n_pairs, k, block.cap, token), d, row + token);
+      for (; token < block.cap; token += lanes4)
+        hn::StoreU(ScoreVector(d4, codec, rotated, n_pairs, k, block.cap, token), d4, row + token);
       const int begin = args.window == 0 ? 0 : std::max(0, args.position - args.window + 1 - block.start);
       const int end = std::min<int>(block.tokens, args.position + 1 - block.start);
       for (int t = begin; t < end; ++t) max = std::max(max, row[t]);
@@ -129,10 +133,12 @@ void RowAttentionImpl(const RowArgs& args) {
       const std::byte* v = args.run.Head(args.run.v, index);
       int channel = 0;
       for (; channel + lanes <= head_dim; channel += lanes) {
-        hn::StoreU(WeighVector(d, codec, row, begin, end, v, head_dim, channel, hn::LoadU(d, sums + channel)), d, sums + channel);
+        hn::StoreU(WeighVector(d, codec, row, begin, end, v, head_dim, channel, hn::LoadU(d, sums + channel)), d,
+                   sums + channel);
       }
       for (; channel < head_dim; ++channel) {
-        hn::StoreU(WeighVector(d1, codec, row, begin, end, v, head_dim, channel, hn::LoadU(d1, sums + channel)), d1, sums + channel);
+        hn::StoreU(WeighVector(d1, codec, row, begin, end, v, head_dim, channel, hn::LoadU(d1, sums + channel)), d1,
+                   sums + channel);
       }
     }
     args.max[g] = max;
@@ -206,7 +212,8 @@ void StoreTokenImpl(const TokenArgs& args) {
     if (layout.codec == Codec::kBf16) {
       to_bf16(pairs, halves);
       auto* k_pairs = reinterpret_cast<uint32_t*>(k) + args.offset;
-      for (int i = 0; i < n_pairs; ++i) k_pairs[i * cap] = halves[i] | (static_cast<uint32_t>(halves[n_pairs + i]) << 16);
+      for (int i = 0; i < n_pairs; ++i)
+        k_pairs[i * cap] = halves[i] | (static_cast<uint32_t>(halves[n_pairs + i]) << 16);
       to_bf16(value, halves);
       auto* v_pairs = reinterpret_cast<uint32_t*>(v) + static_cast<ptrdiff_t>(args.offset / 2) * head_dim;
       if (args.offset % 2 == 0) {
@@ -222,7 +229,8 @@ void StoreTokenImpl(const TokenArgs& args) {
       StoreElement(layout.codec, pairs[i], k + (2 * i * cap + args.offset) * bytes);
       StoreElement(layout.codec, pairs[n_pairs + i], k + ((2 * i + 1) * cap + args.offset) * bytes);
     }
-    for (int i = 0; i < head_dim; ++i) StoreElement(layout.codec, value[i], v + (static_cast<ptrdiff_t>(args.offset) * head_dim + i) * bytes);
+    for (int i = 0; i < head_dim; ++i)
+      StoreElement(layout.codec, value[i], v + (static_cast<ptrdiff_t>(args.offset) * head_dim + i) * bytes);
   }
 }
 

@@ -26,11 +26,12 @@ struct BlockRun {
   int kv_head = 0;
 
   const std::byte* Head(const BlockId* table, int index) const {
-    return arena + static_cast<size_t>(table[index].value) * granule_bytes + layout->head_offset(kv_head, blocks[index].cap);
+    return arena + static_cast<size_t>(table[index].value) * granule_bytes +
+           layout->head_offset(kv_head, blocks[index].cap);
   }
 };
 
-inline constexpr int kGroupMax = 4;     // queries that a row kernel handles at once
+inline constexpr int kGroupMax = 4;      // queries that a row kernel handles at once
 inline constexpr int kSplitBlocks = 16;  // logical blocks of one partial: fixed, so results do not depend on threads
 
 // One query row (one position) of one KV head's group against logical blocks [first, last).
@@ -61,50 +62,52 @@ void RowAttentionGeneric(const RowArgs& args);
 inline constexpr int kTileKeys = 256;
 inline constexpr int kTileQueries = 192;  // rows times group, at most
 
-// A run of rows of one sequence (a prefill chunk) of one KV head's group against all earlier tokens: keys are rotated to
-// their absolute positions once per tile, queries once, then it is two dense products with an online softmax between.
+// A run of rows of one sequence (a prefill chunk) of one KV head's group against all earlier tokens: keys are rotated
+// to their absolute positions once per tile, queries once, then it is two dense products with an online softmax
+// between.
 struct TileArgs {
   BlockRun run;
   const dense::RopeTable* rope = nullptr;
-  float inverse_magnitude = 1;       // 1 / the rope table's magnitude (keys meet the table twice)
-  const float* q = nullptr;          // first row's first query of this group
-  ptrdiff_t q_row_stride = 0;        // floats from row to row
-  int group = 0;                     // queries per row
-  int rows = 0;                      // rows * group <= kTileQueries
-  int position = 0;                  // of the first row
+  float inverse_magnitude = 1;  // 1 / the rope table's magnitude (keys meet the table twice)
+  const float* q = nullptr;     // first row's first query of this group
+  ptrdiff_t q_row_stride = 0;   // floats from row to row
+  int group = 0;                // queries per row
+  int rows = 0;                 // rows * group <= kTileQueries
+  int position = 0;             // of the first row
   int window = 0;
-  int first = 0;                     // logical blocks [first, last) that any row may see
+  int first = 0;  // logical blocks [first, last) that any row may see
   int last = 0;
-  dense::Activations out;            // (rows, n_heads * head_dim)
-  int out_row = 0;                   // row of out for the first row
+  dense::Activations out;  // (rows, n_heads * head_dim)
+  int out_row = 0;         // row of out for the first row
   int out_column = 0;
-  std::byte* scratch = nullptr;      // TileScratchBytes(head_dim), 64-byte aligned
+  std::byte* scratch = nullptr;  // TileScratchBytes(head_dim), 64-byte aligned
 };
 
 constexpr size_t TileScratchBytes(int head_dim) {
   const size_t hd = RoundUp(head_dim, 32);
-  return hd * 2 * (kTileQueries + 8) + 4 * hd * kTileKeys + hd * 4 * (kTileQueries + 8) + 8 * (kTileQueries + 8) + 6 * kTileKeys * 6 + 1024;
+  return hd * 2 * (kTileQueries + 8) + 4 * hd * kTileKeys + hd * 4 * (kTileQueries + 8) + 8 * (kTileQueries + 8) +
+         6 * kTileKeys * 6 + 1024;
 }
 
 // Requires bf16 blocks and AVX-512 BF16.
 void TileAttentionBf16(const TileArgs& args);
 
-// Prepares one token after the QKV product: queries into pair order and scaled; K rotated by its offset inside its block;
-// K and V into the block.
+// Prepares one token after the QKV product: queries into pair order and scaled; K rotated by its offset inside its
+// block; K and V into the block.
 struct TokenArgs {
   const codec::BlockLayout* layout = nullptr;
   const float* qkv = nullptr;  // (n_heads + 2 n_kv_heads, head_dim)
   int n_heads = 0;
-  bool neox = false;           // RoPE pairs (i, i + head_dim / 2); otherwise (2i, 2i + 1)
+  bool neox = false;  // RoPE pairs (i, i + head_dim / 2); otherwise (2i, 2i + 1)
   float q_scale = 1;
   const float* cos = nullptr;  // (head_dim / 2) of the offset
   const float* sin = nullptr;
-  float* q = nullptr;          // out: (n_heads, 2, head_dim / 2)
+  float* q = nullptr;  // out: (n_heads, 2, head_dim / 2)
   std::byte* k_block = nullptr;
   std::byte* v_block = nullptr;
   int cap = 0;
-  int offset = 0;              // token's place in the block
-  float* scratch = nullptr;    // (2, head_dim)
+  int offset = 0;            // token's place in the block
+  float* scratch = nullptr;  // (2, head_dim)
 };
 void StoreToken(const TokenArgs& args);
 

@@ -22,8 +22,8 @@ struct BlockSpan {
 };
 
 template <int kQueries, bool kTwoVectors>
-void Scores(const uint32_t* const* q, const std::byte* k, int n_pairs, int cap, __mmask16 load0, __mmask16 load1, __mmask16 keep0,
-            __mmask16 keep1, float* const* out) {
+void Scores(const uint32_t* const* q, const std::byte* k, int n_pairs, int cap, __mmask16 load0, __mmask16 load1,
+            __mmask16 keep0, __mmask16 keep1, float* const* out) {
   // Even and odd pairs sum apart, so that enough products are in flight.
   __m512 sum[2][kQueries][2];
   for (auto& half : sum) {
@@ -67,7 +67,8 @@ void WeightedSum(const RowArgs& args, const BlockSpan* spans, const uint16_t* co
     const std::byte* v = args.run.Head(args.run.v, index) + static_cast<ptrdiff_t>(channel) * 4;
     for (int pair = span.begin / 2; pair < (span.end + 1) / 2; ++pair) {
       __m512bh values[kVectors];
-      for (int i = 0; i < kVectors; ++i) values[i] = (__m512bh)_mm512_maskz_loadu_epi32(mask[i], v + pair * stride + 64 * i);
+      for (int i = 0; i < kVectors; ++i)
+        values[i] = (__m512bh)_mm512_maskz_loadu_epi32(mask[i], v + pair * stride + 64 * i);
       for (int g = 0; g < kQueries; ++g) {
         int weights;
         __builtin_memcpy(&weights, p[g] + span.offset + 2 * pair, sizeof(weights));
@@ -77,7 +78,8 @@ void WeightedSum(const RowArgs& args, const BlockSpan* spans, const uint16_t* co
     }
   }
   for (int g = 0; g < kQueries; ++g) {
-    for (int i = 0; i < kVectors; ++i) _mm512_mask_storeu_ps(args.sums + g * head_dim + channel + 16 * i, mask[i], sum[g][i]);
+    for (int i = 0; i < kVectors; ++i)
+      _mm512_mask_storeu_ps(args.sums + g * head_dim + channel + 16 * i, mask[i], sum[g][i]);
   }
 }
 
@@ -92,7 +94,8 @@ void Row(const RowArgs& args) {
   for (int g = 0; g < kQueries; ++g) {
     scores[g] = args.scratch + g * kScores;
     p[g] = reinterpret_cast<uint16_t*>(args.scratch + kGroupMax * kScores + g * kScores / 2);
-    rotated[g] = reinterpret_cast<uint32_t*>(args.scratch + 2 * kGroupMax * kScores + static_cast<ptrdiff_t>(g) * RoundUp(n_pairs, 16));
+    rotated[g] = reinterpret_cast<uint32_t*>(args.scratch + 2 * kGroupMax * kScores +
+                                             static_cast<ptrdiff_t>(g) * RoundUp(n_pairs, 16));
   }
 
   BlockSpan spans[kSplitBlocks];
@@ -105,13 +108,15 @@ void Row(const RowArgs& args) {
     span.end = std::min<int>(block.tokens, args.position + 1 - block.start);
     const int delta = args.position - block.start;
     for (int g = 0; g < kQueries; ++g) {
-      RotateToPairs(args.q + static_cast<ptrdiff_t>(g) * head_dim, n_pairs, args.rope->cos(delta), args.rope->sin(delta), 1.0f, rotated[g]);
+      RotateToPairs(args.q + static_cast<ptrdiff_t>(g) * head_dim, n_pairs, args.rope->cos(delta),
+                    args.rope->sin(delta), 1.0f, rotated[g]);
     }
     float* out[kQueries];
     for (int g = 0; g < kQueries; ++g) out[g] = scores[g] + width;
     const std::byte* k = args.run.Head(args.run.k, index);
     const int cap = block.cap;
-    const uint32_t visible = static_cast<uint32_t>(((uint64_t{1} << span.end) - 1) & ~((uint64_t{1} << span.begin) - 1));
+    const uint32_t visible =
+        static_cast<uint32_t>(((uint64_t{1} << span.end) - 1) & ~((uint64_t{1} << span.begin) - 1));
     const auto keep0 = static_cast<__mmask16>(visible & 0xffff);
     const auto keep1 = static_cast<__mmask16>(visible >> 16);
     if (span.end <= 16) {

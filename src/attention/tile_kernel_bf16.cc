@@ -59,12 +59,14 @@ void GatherKeys(const TileArgs& args, int index, uint32_t* k, int at) {
     const __m512 s = _mm512_set1_ps(sin[pair]);
     for (int token = 0; token < block.tokens; token += 16) {
       const __mmask16 mask = LaneMask(block.tokens - token);
-      const __m512i raw = _mm512_maskz_loadu_epi32(mask, source + (static_cast<ptrdiff_t>(pair) * block.cap + token) * 4);
+      const __m512i raw =
+          _mm512_maskz_loadu_epi32(mask, source + (static_cast<ptrdiff_t>(pair) * block.cap + token) * 4);
       const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
       const __m512 y = _mm512_castsi512_ps(_mm512_and_si512(raw, high_mask));
       const __m512 first = _mm512_fmsub_ps(x, c, _mm512_mul_ps(y, s));
       const __m512 second = _mm512_fmadd_ps(x, s, _mm512_mul_ps(y, c));
-      _mm512_mask_storeu_epi32(k + static_cast<ptrdiff_t>(pair) * kTileKeys + at + token, mask, PackPairs(first, second));
+      _mm512_mask_storeu_epi32(k + static_cast<ptrdiff_t>(pair) * kTileKeys + at + token, mask,
+                               PackPairs(first, second));
     }
   }
 }
@@ -80,10 +82,11 @@ void GatherValues(const TileArgs& args, int index, uint32_t* v, int at) {
     for (int channel = 0; channel < head_dim; channel += 16) {
       const __mmask16 mask = LaneMask(head_dim - channel);
       const __m512i pair = _mm512_maskz_loadu_epi32(mask, from + channel);
-      const __m512i value = token % 2 == 0 ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff)) : _mm512_srli_epi32(pair, 16);
-      const __m512i target = (at + token) % 2 == 0
-                                 ? value
-                                 : _mm512_or_si512(_mm512_maskz_loadu_epi32(mask, to + channel), _mm512_slli_epi32(value, 16));
+      const __m512i value =
+          token % 2 == 0 ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff)) : _mm512_srli_epi32(pair, 16);
+      const __m512i target = (at + token) % 2 == 0 ? value
+                                                   : _mm512_or_si512(_mm512_maskz_loadu_epi32(mask, to + channel),
+                                                                     _mm512_slli_epi32(value, 16));
       _mm512_mask_storeu_epi32(to + channel, mask, target);
     }
   }
@@ -97,7 +100,8 @@ void ScoreStep(const uint32_t* q, ptrdiff_t q_stride, const uint32_t* k, int n_p
   }
   for (int pair = 0; pair < n_pairs; ++pair) {
     __m512bh keys[4];
-    for (int i = 0; i < 4; ++i) keys[i] = (__m512bh)_mm512_loadu_si512(k + static_cast<ptrdiff_t>(pair) * kTileKeys + 16 * i);
+    for (int i = 0; i < 4; ++i)
+      keys[i] = (__m512bh)_mm512_loadu_si512(k + static_cast<ptrdiff_t>(pair) * kTileKeys + 16 * i);
     for (int r = 0; r < kRows; ++r) {
       const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(q[r * q_stride + pair]));
       for (int i = 0; i < 4; ++i) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], x, keys[i]);
@@ -110,21 +114,23 @@ void ScoreStep(const uint32_t* q, ptrdiff_t q_stride, const uint32_t* k, int n_p
 
 // sums (kRows, head_dim) = sums * correction + weights * v, channels [channel, channel + 16 kVectors).
 template <int kVectors>
-void ValueStep(const uint16_t* weights, const float* correction, const uint32_t* v, int n_token_pairs, int head_dim, int channel,
-               float* sums) {
+void ValueStep(const uint16_t* weights, const float* correction, const uint32_t* v, int n_token_pairs, int head_dim,
+               int channel, float* sums) {
   __m512 sum[kRows][kVectors];
   __mmask16 mask[kVectors];
   for (int i = 0; i < kVectors; ++i) mask[i] = LaneMask(head_dim - channel - 16 * i);
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVectors; ++i) {
-      sum[r][i] = _mm512_mul_ps(_mm512_set1_ps(correction[r]),
-                                _mm512_maskz_loadu_ps(mask[i], sums + static_cast<ptrdiff_t>(r) * head_dim + channel + 16 * i));
+      sum[r][i] =
+          _mm512_mul_ps(_mm512_set1_ps(correction[r]),
+                        _mm512_maskz_loadu_ps(mask[i], sums + static_cast<ptrdiff_t>(r) * head_dim + channel + 16 * i));
     }
   }
   for (int pair = 0; pair < n_token_pairs; ++pair) {
     __m512bh values[kVectors];
     for (int i = 0; i < kVectors; ++i) {
-      values[i] = (__m512bh)_mm512_maskz_loadu_epi32(mask[i], v + static_cast<ptrdiff_t>(pair) * head_dim + channel + 16 * i);
+      values[i] =
+          (__m512bh)_mm512_maskz_loadu_epi32(mask[i], v + static_cast<ptrdiff_t>(pair) * head_dim + channel + 16 * i);
     }
     for (int r = 0; r < kRows; ++r) {
       int both;
@@ -142,7 +148,8 @@ void ValueStep(const uint16_t* weights, const float* correction, const uint32_t*
 
 // Masks one row's scores of keys [0, width) at positions from first_key on, turns them into weights, and returns the
 // factor by which its earlier sums shrink (online softmax, Milakov and Gimelshein 2018).
-float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible, int end_visible, float& max, float& total) {
+float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible, int end_visible, float& max,
+                 float& total) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 unseen = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 largest = unseen;
@@ -151,8 +158,8 @@ float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible,
   } else {
     for (int i = 0; i < width; i += 16) {
       const __m512i key = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
-      const __mmask16 keep =
-          _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(first_visible)) & _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(end_visible));
+      const __mmask16 keep = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(first_visible)) &
+                             _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(end_visible));
       const __m512 masked = _mm512_mask_blend_ps(keep, unseen, _mm512_loadu_ps(scores + i));
       _mm512_storeu_ps(scores + i, masked);
       largest = _mm512_max_ps(largest, masked);
@@ -192,14 +199,16 @@ void AttendTile(const TileArgs& args, const Scratch& scratch, int queries, int f
       const int position = args.position + (row + r) / args.group;
       const int begin = args.window == 0 ? 0 : position - args.window + 1 - first_key;
       const int end = std::min(keys, position + 1 - first_key);
-      correction[r] = SoftmaxRow(scratch.scores + r * kTileKeys, scratch.weights + r * kTileKeys, width, begin, end, scratch.max[row + r],
-                                 scratch.total[row + r]);
+      correction[r] = SoftmaxRow(scratch.scores + r * kTileKeys, scratch.weights + r * kTileKeys, width, begin, end,
+                                 scratch.max[row + r], scratch.total[row + r]);
     }
     float* sums = scratch.sums + static_cast<ptrdiff_t>(row) * head_dim;
     const int token_pairs = (visible + 1) / 2;
     int channel = 0;
-    for (; channel + 48 < head_dim; channel += 64) ValueStep<4>(scratch.weights, correction, scratch.v, token_pairs, head_dim, channel, sums);
-    for (; channel < head_dim; channel += 16) ValueStep<1>(scratch.weights, correction, scratch.v, token_pairs, head_dim, channel, sums);
+    for (; channel + 48 < head_dim; channel += 64)
+      ValueStep<4>(scratch.weights, correction, scratch.v, token_pairs, head_dim, channel, sums);
+    for (; channel < head_dim; channel += 16)
+      ValueStep<1>(scratch.weights, correction, scratch.v, token_pairs, head_dim, channel, sums);
   }
 }
 
@@ -211,7 +220,8 @@ void WriteOut(const TileArgs& args, const Scratch& scratch) {
     const __m512 scale = _mm512_set1_ps(1.0f / scratch.total[query]);
     for (int channel = 0; channel < head_dim; channel += 16) {
       const __mmask16 mask = LaneMask(head_dim - channel);
-      const __m512 value = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, scratch.sums + static_cast<ptrdiff_t>(query) * head_dim + channel));
+      const __m512 value = _mm512_mul_ps(
+          scale, _mm512_maskz_loadu_ps(mask, scratch.sums + static_cast<ptrdiff_t>(query) * head_dim + channel));
       if (args.out.precision == dense::Precision::kBf16) {
         _mm256_mask_storeu_epi16(args.out.bf16(row) + column + channel, mask, (__m256i)_mm512_cvtneps_pbh(value));
       } else {
@@ -237,8 +247,9 @@ void TileAttentionBf16(const TileArgs& args) {
   for (int row = 0; row < args.rows; ++row) {
     const int position = args.position + row;
     for (int g = 0; g < args.group; ++g) {
-      RotateToPairs(args.q + row * args.q_row_stride + static_cast<ptrdiff_t>(g) * head_dim, n_pairs, args.rope->cos(position),
-                    args.rope->sin(position), args.inverse_magnitude, scratch.q + (row * args.group + g) * q_stride);
+      RotateToPairs(args.q + row * args.q_row_stride + static_cast<ptrdiff_t>(g) * head_dim, n_pairs,
+                    args.rope->cos(position), args.rope->sin(position), args.inverse_magnitude,
+                    scratch.q + (row * args.group + g) * q_stride);
     }
   }
   for (int index = args.first; index < args.last;) {
@@ -251,7 +262,8 @@ void TileAttentionBf16(const TileArgs& args) {
     }
     // A register tile may reach past the last key: scores there are masked, but must be finite to be harmless.
     for (int pair = 0; pair < n_pairs; ++pair) {
-      std::fill(scratch.k + pair * kTileKeys + keys, scratch.k + pair * kTileKeys + std::min(kTileKeys, RoundUp(keys, kKeyStep)), 0u);
+      std::fill(scratch.k + pair * kTileKeys + keys,
+                scratch.k + pair * kTileKeys + std::min(kTileKeys, RoundUp(keys, kKeyStep)), 0u);
     }
     AttendTile(args, scratch, queries, first_key, keys);
   }

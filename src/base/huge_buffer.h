@@ -14,7 +14,8 @@ class HugeBuffer {
   HugeBuffer() = default;
   explicit HugeBuffer(size_t bytes);
   ~HugeBuffer();
-  HugeBuffer(HugeBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  HugeBuffer(HugeBuffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   HugeBuffer& operator=(HugeBuffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);

@@ -33,7 +33,8 @@ void FutexWakeAll(std::atomic<uint32_t>& word) {
 }
 
 int64_t NowNs() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 // Spins until `ready` or until spin_ns have passed; returns whether it became ready.
@@ -100,7 +101,9 @@ void ThreadPool::WorkerLoop(int thread) {
 }
 
 void ThreadPool::WaitForWork() {
-  const auto ready = [&] { return HasTask(state_.load(std::memory_order_relaxed)) || stop_.load(std::memory_order_relaxed); };
+  const auto ready = [&] {
+    return HasTask(state_.load(std::memory_order_relaxed)) || stop_.load(std::memory_order_relaxed);
+  };
   if (SpinUntil(spin_ns_, ready)) return;
   const uint32_t seen = wake_.load();
   sleepers_.fetch_add(1);

@@ -1,8 +1,8 @@
 // ThreadPool: the compute threads of one engine.
 //
-// ParallelFor hands out tasks one by one, so a thread that the operating system has put aside holds back only the task it
-// is in. Idle threads spin for a short while and then sleep in the kernel: under load from other processes a sleeper is
-// woken at once, where a spinner would have burnt its time slice.
+// ParallelFor hands out tasks one by one, so a thread that the operating system has put aside holds back only the task
+// it is in. Idle threads spin for a short while and then sleep in the kernel: under load from other processes a sleeper
+// is woken at once, where a spinner would have burnt its time slice.
 //
 // Threads: ParallelFor is called by one thread at a time, which takes part as thread 0. Owns: size() - 1 workers.
 // Fails how: never; a task must not throw.
@@ -35,7 +35,9 @@ class ThreadPool {
       for (int task = 0; task < n_tasks; ++task) f(task, 0);
       return;
     }
-    Run(n_tasks, [](void* context, int task, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(task, thread); },
+    Run(
+        n_tasks,
+        [](void* context, int task, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(task, thread); },
         &f);
   }
 

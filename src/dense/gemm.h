@@ -15,17 +15,17 @@ namespace jointkv::dense {
 inline constexpr int kPanel = 32;
 
 struct PanelArgs {
-  const void* a = nullptr;        // (rows, k) bf16 or f32, like the panel
-  ptrdiff_t lda = 0;              // elements
+  const void* a = nullptr;  // (rows, k) bf16 or f32, like the panel
+  ptrdiff_t lda = 0;        // elements
   int rows = 0;
-  int k = 0;                      // inner size; even for bf16
+  int k = 0;  // inner size; even for bf16
   const void* panel = nullptr;
   const void* next_panel = nullptr;  // read ahead into the cache while this one is used; may be null
-  float* c = nullptr;             // (rows, cols)
-  ptrdiff_t ldc = 0;              // elements
-  int cols = kPanel;              // columns to write, <= kPanel
-  const float* bias = nullptr;    // (kPanel) or null
-  bool accumulate = false;        // c += a * panel instead of c =
+  float* c = nullptr;                // (rows, cols)
+  ptrdiff_t ldc = 0;                 // elements
+  int cols = kPanel;                 // columns to write, <= kPanel
+  const float* bias = nullptr;       // (kPanel) or null
+  bool accumulate = false;           // c += a * panel instead of c =
 };
 
 // bf16 in, f32 sums. Requires HasAvx512Bf16().

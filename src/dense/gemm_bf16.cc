@@ -26,7 +26,8 @@ namespace {
 constexpr int kRowsMax = 12;  // 12 rows x 2 vectors: 24 of the 32 registers are sums
 
 template <int kRows>
-inline __attribute__((always_inline)) void Tile(const PanelArgs& args, const uint16_t* a, float* c, const char* ahead, int ahead_step) {
+inline __attribute__((always_inline)) void Tile(const PanelArgs& args, const uint16_t* a, float* c, const char* ahead,
+                                                int ahead_step) {
   __m512 low[kRows];
   __m512 high[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -77,9 +78,9 @@ void RemainingTile(const PanelArgs& args, int rows, const uint16_t* a, float* c,
 void PanelProductBf16(const PanelArgs& args) {
   const auto* a = static_cast<const uint16_t*>(args.a);
   float* c = args.c;
-  // The next panel's lines are read ahead evenly by the first two tiles, so that memory is busy in all of a short product:
-  // two lines a step in a single tile, one where there are more. With so few rows that the product only streams, the
-  // processor's own prefetcher is faster alone (bench/dense_bench.cc).
+  // The next panel's lines are read ahead evenly by the first two tiles, so that memory is busy in all of a short
+  // product: two lines a step in a single tile, one where there are more. With so few rows that the product only
+  // streams, the processor's own prefetcher is faster alone (bench/dense_bench.cc).
   constexpr int kStreamingRows = 6;
   const auto* ahead = static_cast<const char*>(args.next_panel);
   int ahead_step = ahead == nullptr || args.rows <= kStreamingRows ? 0 : args.rows <= kRowsMax ? 128 : 64;

@@ -81,7 +81,8 @@ void PanelProductF32(const PanelArgs& args) { HWY_DYNAMIC_DISPATCH(PanelProductF
 void PackPanelF32(const float* rows, int n_rows, int k, float* panel) {
   std::fill_n(panel, static_cast<size_t>(k) * kPanel, 0.0f);
   for (int column = 0; column < n_rows; ++column) {
-    for (int i = 0; i < k; ++i) panel[static_cast<size_t>(i) * kPanel + column] = rows[static_cast<size_t>(column) * k + i];
+    for (int i = 0; i < k; ++i)
+      panel[static_cast<size_t>(i) * kPanel + column] = rows[static_cast<size_t>(column) * k + i];
   }
 }
 

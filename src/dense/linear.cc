@@ -16,8 +16,8 @@ namespace {
 // Rows of x that one task multiplies with one panel: their bf16 form and the panel fit the second-level cache together.
 constexpr int kRowBlock = 192;
 
-// Few rows are bound by reading panels, and each thread reads ahead: give it a long run of neighbours. Large matrices are
-// cut finer, so that a thread that was put aside holds back less.
+// Few rows are bound by reading panels, and each thread reads ahead: give it a long run of neighbours. Large matrices
+// are cut finer, so that a thread that was put aside holds back less.
 int PanelRun(int n_panels, int threads) {
   constexpr int kLongRun = 64;
   const int tasks = n_panels >= 2 * kLongRun * threads ? n_panels / kLongRun : threads;
@@ -35,7 +35,8 @@ const ggml_type_traits_cpu& CpuTraits(ggml_type type) {
 
 bool HasQuantisedDot(ggml_type type) {
   const ggml_type_traits_cpu& traits = CpuTraits(type);
-  return traits.vec_dot != nullptr && (traits.vec_dot_type == GGML_TYPE_F32 || CpuTraits(traits.vec_dot_type).from_float != nullptr);
+  return traits.vec_dot != nullptr &&
+         (traits.vec_dot_type == GGML_TYPE_F32 || CpuTraits(traits.vec_dot_type).from_float != nullptr);
 }
 
 }  // namespace
@@ -64,7 +65,8 @@ Expected<Linear> Linear::Create(std::span<const gguf::Tensor* const> parts, std:
   linear.options_ = options;
   linear.in_ = static_cast<int>(parts[0]->ne[0]);
   if (options.precision == Precision::kBf16 && linear.in_ % 2 != 0) {
-    return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': " + std::to_string(linear.in_) + " inputs: bf16 needs an even number");
+    return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': " + std::to_string(linear.in_) +
+                                                " inputs: bf16 needs an even number");
   }
   bool any_bias = false;
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -124,8 +126,8 @@ const void* Linear::PanelData(int panel, int slot, LinearScratch& scratch, int t
   return target;
 }
 
-void Linear::ProductOfPanel(int index, const void* data, const Activations& x, int first_row, int rows, float* c, ptrdiff_t ldc,
-                            bool accumulate) const {
+void Linear::ProductOfPanel(int index, const void* data, const Activations& x, int first_row, int rows, float* c,
+                            ptrdiff_t ldc, bool accumulate) const {
   const Panel& panel = panels_[index];
   PanelArgs args;
   args.lda = in_;
@@ -174,7 +176,8 @@ void Linear::Forward(ThreadPool& pool, LinearScratch& scratch, const Activations
     const int first = task / n_panels * kRowBlock;
     const int rows = std::min(kRowBlock, x.rows - first);
     const void* data = PanelData(panel, 0, scratch, thread);
-    ProductOfPanel(panel, data, x, first, rows, y + static_cast<ptrdiff_t>(first) * out_ + panels_[panel].first_output, out_, accumulate);
+    ProductOfPanel(panel, data, x, first, rows, y + static_cast<ptrdiff_t>(first) * out_ + panels_[panel].first_output,
+                   out_, accumulate);
   });
 }
 
@@ -188,8 +191,8 @@ void Linear::ForwardGated(ThreadPool& pool, LinearScratch& scratch, const Activa
   CHECK(x.precision == options_.precision);
   const int n_panels = static_cast<int>(panels_.size()) / 2;
   const int row_blocks = CeilDiv(x.rows, kRowBlock);
-  // One task is a run of panels times a range of row blocks. Few rows: long runs, as in Forward. Lean: all row blocks, so
-  // that a panel is unpacked once.
+  // One task is a run of panels times a range of row blocks. Few rows: long runs, as in Forward. Lean: all row blocks,
+  // so that a panel is unpacked once.
   const bool all_rows = options_.memory == WeightsMemory::kLean || row_blocks == 1;
   const int run = row_blocks == 1 && options_.memory == WeightsMemory::kPacked ? PanelRun(n_panels, pool.size()) : 1;
   const int runs = CeilDiv(n_panels, run);
@@ -241,7 +244,8 @@ void Linear::ForwardQuantised(ThreadPool& pool, LinearScratch& scratch, const Ac
       quantised[p] = static_cast<const std::byte*>(x.data);
     } else {
       std::byte* target = scratch.quantised_.data() + offset[p];
-      for (int row = 0; row < x.rows; ++row) CpuTraits(type_of(p)).from_float(x.f32(row), target + row * row_bytes[p], in_);
+      for (int row = 0; row < x.rows; ++row)
+        CpuTraits(type_of(p)).from_float(x.f32(row), target + row * row_bytes[p], in_);
       quantised[p] = target;
     }
   }
@@ -253,12 +257,13 @@ void Linear::ForwardQuantised(ThreadPool& pool, LinearScratch& scratch, const Ac
   }
   const auto dot = [&](int part, int row, int x_row) {
     float sum = 0;
-    vec_dot[part](in_, &sum, 0, parts_[part].tensor->data + row * weight_row_bytes[part], 0, quantised[part] + x_row * row_bytes[part], 0,
-                  1);
+    vec_dot[part](in_, &sum, 0, parts_[part].tensor->data + row * weight_row_bytes[part], 0,
+                  quantised[part] + x_row * row_bytes[part], 0, 1);
     return sum;
   };
   const auto bias = [&](int part, int row) {
-    return bias_.empty() ? 0.0f : bias_[static_cast<size_t>(parts_[part].first_panel + row / kPanel) * kPanel + row % kPanel];
+    return bias_.empty() ? 0.0f
+                         : bias_[static_cast<size_t>(parts_[part].first_panel + row / kPanel) * kPanel + row % kPanel];
   };
   constexpr int kRunMax = 512;
   const int outputs = gated == nullptr ? out_ : out_ / 2;

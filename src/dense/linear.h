@@ -4,7 +4,8 @@
 // arithmetic):
 //   quantised   rows of the file as they are, through ggml's dot products; the activations are quantised to the type
 //               that ggml pairs with the weights'. Least bytes per weight, one pass per row of x.
-//   packed      panels of bf16 (f32 where the CPU lacks bf16 or the caller asks), see dense/gemm.h. Packed once at load,
+//   packed      panels of bf16 (f32 where the CPU lacks bf16 or the caller asks), see dense/gemm.h. Packed once at
+//   load,
 //               or in `lean` mode unpacked panel by panel into scratch each time.
 //
 // Threads: Forward is called by one thread and works on the pool's; Linears are const after Create.
@@ -55,8 +56,9 @@ class Linear {
   Linear() = default;
   // Weights stacked along `out`: part i gives outputs after those of parts before it. Each part is (in, out_i) in GGUF
   // order (ne[0] = in); bias i is (out_i) or null.
-  static Expected<Linear> Create(std::span<const gguf::Tensor* const> parts, std::span<const gguf::Tensor* const> biases,
-                                 const LinearOptions& options, ThreadPool& pool);
+  static Expected<Linear> Create(std::span<const gguf::Tensor* const> parts,
+                                 std::span<const gguf::Tensor* const> biases, const LinearOptions& options,
+                                 ThreadPool& pool);
 
   int in() const { return in_; }
   int out() const { return out_; }
@@ -93,15 +95,15 @@ class Linear {
                         const Activations* gated, Gate gate) const;
   const void* PanelData(int panel, int slot, LinearScratch& scratch, int thread) const;
   void UnpackPanel(int panel, float* rows, void* out) const;
-  void ProductOfPanel(int panel, const void* data, const Activations& x, int first_row, int rows, float* c, ptrdiff_t ldc,
-                      bool accumulate) const;
+  void ProductOfPanel(int panel, const void* data, const Activations& x, int first_row, int rows, float* c,
+                      ptrdiff_t ldc, bool accumulate) const;
 
   int in_ = 0;
   int out_ = 0;
   LinearOptions options_;
   std::vector<Part> parts_;
   std::vector<Panel> panels_;
-  std::vector<float> bias_;  // (panels, kPanel); empty: none
+  std::vector<float> bias_;      // (panels, kPanel); empty: none
   std::byte* packed_ = nullptr;  // (panels, panel_bytes_); null in lean mode
   HugeBuffer own_;               // holds packed_ without an arena
   size_t panel_bytes_ = 0;

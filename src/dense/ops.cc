@@ -38,7 +38,8 @@ void NormRowF32(const float* x, const float* weight, float eps, int n, float* y)
   const float inverse = InverseRms(x, eps, n);
   const auto scale = hn::Set(d, inverse);
   int i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::Mul(hn::Mul(hn::LoadU(d, x + i), scale), hn::LoadU(d, weight + i)), d, y + i);
+  for (; i + lanes <= n; i += lanes)
+    hn::StoreU(hn::Mul(hn::Mul(hn::LoadU(d, x + i), scale), hn::LoadU(d, weight + i)), d, y + i);
   for (; i < n; ++i) y[i] = x[i] * inverse * weight[i];
 }
 
@@ -49,7 +50,8 @@ void NormRowBf16(const float* x, const float* weight, float eps, int n, uint16_t
   const float inverse = InverseRms(x, eps, n);
   const auto scale = hn::Set(d, inverse);
   int i = 0;
-  for (; i + lanes <= n; i += lanes) StoreBf16(d, hn::Mul(hn::Mul(hn::LoadU(d, x + i), scale), hn::LoadU(d, weight + i)), y + i);
+  for (; i + lanes <= n; i += lanes)
+    StoreBf16(d, hn::Mul(hn::Mul(hn::LoadU(d, x + i), scale), hn::LoadU(d, weight + i)), y + i);
   for (; i < n; ++i) StoreBf16(d1, hn::Set(d1, x[i] * inverse * weight[i]), y + i);
 }
 
@@ -60,7 +62,8 @@ void AddNormRow(float* x, const float* y, const float* weight, float eps, int n)
   const auto scale = hn::Set(d, inverse);
   int i = 0;
   for (; i + lanes <= n; i += lanes) {
-    hn::StoreU(hn::MulAdd(hn::Mul(hn::LoadU(d, y + i), scale), hn::LoadU(d, weight + i), hn::LoadU(d, x + i)), d, x + i);
+    hn::StoreU(hn::MulAdd(hn::Mul(hn::LoadU(d, y + i), scale), hn::LoadU(d, weight + i), hn::LoadU(d, x + i)), d,
+               x + i);
   }
   for (; i < n; ++i) x[i] += y[i] * inverse * weight[i];
 }
@@ -94,7 +97,8 @@ void GatedProductImpl(Gate gate, const float* g, const float* u, ptrdiff_t ld, i
   const int lanes = static_cast<int>(hn::Lanes(d));
   for (int r = 0; r < rows; ++r) {
     int c = 0;
-    for (; c + lanes <= cols; c += lanes) GatedStore(d, gate, g + r * ld + c, u + r * ld + c, y, first_row + r, column + c);
+    for (; c + lanes <= cols; c += lanes)
+      GatedStore(d, gate, g + r * ld + c, u + r * ld + c, y, first_row + r, column + c);
     for (; c < cols; ++c) GatedStore(d1, gate, g + r * ld + c, u + r * ld + c, y, first_row + r, column + c);
   }
 }
@@ -144,7 +148,9 @@ void RmsNorm(ThreadPool& pool, const float* x, const float* weight, float eps, c
   });
 }
 
-void RmsNormRow(float* x, const float* weight, float eps, int n) { HWY_DYNAMIC_DISPATCH(NormRowF32)(x, weight, eps, n, x); }
+void RmsNormRow(float* x, const float* weight, float eps, int n) {
+  HWY_DYNAMIC_DISPATCH(NormRowF32)(x, weight, eps, n, x);
+}
 
 void AddRmsNorm(ThreadPool& pool, float* x, const float* y, const float* weight, float eps, int rows, int cols) {
   ForRows(pool, rows, [&](int row) {
@@ -153,8 +159,8 @@ void AddRmsNorm(ThreadPool& pool, float* x, const float* y, const float* weight,
   });
 }
 
-void GatedProduct(Gate gate, const float* g, const float* u, ptrdiff_t ld, int rows, int cols, const Activations& y, int first_row,
-                  int column) {
+void GatedProduct(Gate gate, const float* g, const float* u, ptrdiff_t ld, int rows, int cols, const Activations& y,
+                  int first_row, int column) {
   HWY_DYNAMIC_DISPATCH(GatedProductImpl)(gate, g, u, ld, rows, cols, y, first_row, column);
 }
 

@@ -9,7 +9,8 @@ namespace {
 
 // Dimension at which a wave makes `rotations` turns within the original context (YaRN, section 3.2).
 double CorrectionDimension(const gguf::Rope& rope, double rotations) {
-  return rope.n_rot * std::log(rope.n_ctx_orig / (rotations * 2 * std::numbers::pi)) / (2 * std::log(static_cast<double>(rope.freq_base)));
+  return rope.n_rot * std::log(rope.n_ctx_orig / (rotations * 2 * std::numbers::pi)) /
+         (2 * std::log(static_cast<double>(rope.freq_base)));
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Rotary position embedding (Su et al. 2021) as a table of cos and sin, with the frequency rules of the pinned llama.cpp:
-// linear scaling, YaRN (Peng et al. 2023), frequency factors.
+// Rotary position embedding (Su et al. 2021) as a table of cos and sin, with the frequency rules of the pinned
+// llama.cpp: linear scaling, YaRN (Peng et al. 2023), frequency factors.
 //
-// Every rule gives pair i at position p the angle p * frequency[i], linear in p. So a key rotated by its offset o inside a
-// block that starts at b, met by a query rotated for position p - b, scores exactly as absolute rotation would:
-// (p - b) - o = p - (b + o).
+// Every rule gives pair i at position p the angle p * frequency[i], linear in p. So a key rotated by its offset o
+// inside a block that starts at b, met by a query rotated for position p - b, scores exactly as absolute rotation
+// would: (p - b) - o = p - (b + o).
 //
 // Threads: const after Ensure; Ensure only between steps. Owns: the table. Fails how: never.
 #pragma once

@@ -15,7 +15,8 @@ constexpr int kQuantisedRowsMax = 8;
 
 }  // namespace
 
-Expected<std::unique_ptr<Model>> Model::Load(const gguf::GgufFile& file, const ModelOptions& options, ThreadPool& pool) {
+Expected<std::unique_ptr<Model>> Model::Load(const gguf::GgufFile& file, const ModelOptions& options,
+                                             ThreadPool& pool) {
   ASSIGN_OR_RETURN(gguf::Hyperparameters hp, gguf::ReadHyperparameters(file));
   switch (hp.architecture) {
     case gguf::Architecture::kLlama: return LoadLlama(file, std::move(hp), options, pool);
@@ -49,7 +50,8 @@ Model::Model(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOp
 kv::KvShape Model::CacheShape(codec::Codec codec) const {
   kv::KvShape shape;
   shape.layout = {hp_.n_kv_heads, hp_.head_dim, codec};
-  for (int layer = 0; layer < hp_.n_layers; ++layer) shape.window.push_back(hp_.is_swa_layer[layer] ? hp_.sliding_window : 0);
+  for (int layer = 0; layer < hp_.n_layers; ++layer)
+    shape.window.push_back(hp_.is_swa_layer[layer] ? hp_.sliding_window : 0);
   return shape;
 }
 
@@ -60,7 +62,8 @@ void Model::Bind(const kv::KvCache& cache) {
   shape.head_dim = hp_.head_dim;
   shape.scale = hp_.attention_scale;
   shape.neox = hp_.rope.neox;
-  attention_ = std::make_unique<attention::Attention>(shape, cache, pool_.size(), options_.max_rows, options_.deterministic);
+  attention_ =
+      std::make_unique<attention::Attention>(shape, cache, pool_.size(), options_.max_rows, options_.deterministic);
 }
 
 void Model::EnsurePositions(int positions) {
@@ -150,7 +153,8 @@ void Model::Multiply(const dense::Linear& linear, const dense::Activations& x, f
   linear.Forward(pool_, scratch_, x, quantised_rows_, y, accumulate);
 }
 
-void Model::MultiplyGated(const dense::Linear& linear, const dense::Activations& x, dense::Gate gate, const dense::Activations& y) {
+void Model::MultiplyGated(const dense::Linear& linear, const dense::Activations& x, dense::Gate gate,
+                          const dense::Activations& y) {
   linear.ForwardGated(pool_, scratch_, x, quantised_rows_, gate, y);
 }
 

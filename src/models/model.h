@@ -27,21 +27,22 @@ struct ModelOptions {
   dense::WeightsMemory weights_memory = dense::WeightsMemory::kPacked;
   // Steps of at most this many rows use the file's quantised weights directly; none: measured at load.
   std::optional<int> quantised_rows;
-  int max_rows = 1024;         // rows of the largest step
-  bool deterministic = false;  // a row's logits never depend on the rest of its step
+  int max_rows = 1024;                                // rows of the largest step
+  bool deterministic = false;                         // a row's logits never depend on the rest of its step
   std::function<void(int done, int total)> progress;  // layers loaded
 };
 
 // One step: rows of several sequences.
 struct StepInput {
-  std::span<const TokenId> tokens;                // (rows)
-  std::span<const attention::RowSpan> spans;      // cover the rows in order
-  std::span<const int> logit_rows;                // rows whose logits are wanted, ascending
+  std::span<const TokenId> tokens;            // (rows)
+  std::span<const attention::RowSpan> spans;  // cover the rows in order
+  std::span<const int> logit_rows;            // rows whose logits are wanted, ascending
 };
 
 class Model {
  public:
-  static Expected<std::unique_ptr<Model>> Load(const gguf::GgufFile& file, const ModelOptions& options, ThreadPool& pool);
+  static Expected<std::unique_ptr<Model>> Load(const gguf::GgufFile& file, const ModelOptions& options,
+                                               ThreadPool& pool);
   virtual ~Model() = default;
 
   // The store that this model's steps need; call Bind with it before the first Forward.
@@ -84,7 +85,8 @@ class Model {
   // A buffer's first rows as activations, in the precision that a Linear wants for that many rows.
   dense::Activations Act(HugeBuffer& buffer, int rows, int cols) const;
   void Multiply(const dense::Linear& linear, const dense::Activations& x, float* y, bool accumulate = false);
-  void MultiplyGated(const dense::Linear& linear, const dense::Activations& x, dense::Gate gate, const dense::Activations& y);
+  void MultiplyGated(const dense::Linear& linear, const dense::Activations& x, dense::Gate gate,
+                     const dense::Activations& y);
   // x (rows, d_model) = embedding of each token, times the model's embedding scale.
   void Embed(std::span<const TokenId> tokens, float* x);
   // Moves the given rows of x (rows, d_model) and `other` to the front; returns how many.
@@ -109,17 +111,21 @@ class Model {
   bool all_quantised_ = true;  // every Linear has the quantised way
   size_t packed_bytes_ = 0;
   HugeArena weights_;  // packed panels
-  HugeBuffer x_;     // (max_rows, d_model) f32: the residual stream
-  HugeBuffer norm_;  // (max_rows, d_model) f32 or bf16
-  HugeBuffer qkv_;   // (max_rows, d_q + 2 d_kv) f32
-  HugeBuffer attn_;  // (max_rows, d_q) f32 or bf16
-  HugeBuffer ffn_;   // (max_rows, d_ff) f32 or bf16
+  HugeBuffer x_;       // (max_rows, d_model) f32: the residual stream
+  HugeBuffer norm_;    // (max_rows, d_model) f32 or bf16
+  HugeBuffer qkv_;     // (max_rows, d_q + 2 d_kv) f32
+  HugeBuffer attn_;    // (max_rows, d_q) f32 or bf16
+  HugeBuffer ffn_;     // (max_rows, d_ff) f32 or bf16
 };
 
 // One architecture each, in its own file.
-Expected<std::unique_ptr<Model>> LoadLlama(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOptions& options, ThreadPool& pool);
-Expected<std::unique_ptr<Model>> LoadQwen2(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOptions& options, ThreadPool& pool);
-Expected<std::unique_ptr<Model>> LoadQwen3(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOptions& options, ThreadPool& pool);
-Expected<std::unique_ptr<Model>> LoadGemma3(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOptions& options, ThreadPool& pool);
+Expected<std::unique_ptr<Model>> LoadLlama(const gguf::GgufFile& file, gguf::Hyperparameters hp,
+                                           const ModelOptions& options, ThreadPool& pool);
+Expected<std::unique_ptr<Model>> LoadQwen2(const gguf::GgufFile& file, gguf::Hyperparameters hp,
+                                           const ModelOptions& options, ThreadPool& pool);
+Expected<std::unique_ptr<Model>> LoadQwen3(const gguf::GgufFile& file, gguf::Hyperparameters hp,
+                                           const ModelOptions& options, ThreadPool& pool);
+Expected<std::unique_ptr<Model>> LoadGemma3(const gguf::GgufFile& file, gguf::Hyperparameters hp,
+                                            const ModelOptions& options, ThreadPool& pool);
 
 }  // namespace jointkv::models
