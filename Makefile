@@ -1,5 +1,8 @@
 export JOINTKV_CACHE ?= $(HOME)/.cache/jointkv
 
+# An empty JOINTKV_LLAMA_CPP_DIR takes an earlier one out of CMake's cache.
+cache_variables = "-DJOINTKV_CACHE=$(JOINTKV_CACHE)" "-DJOINTKV_LLAMA_CPP_DIR=$(JOINTKV_LLAMA_CPP_DIR)"
+
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test demo asan tsan format check tidy bench-peers clean
 
@@ -9,24 +12,26 @@ help: ## list the targets
 setup: ## install, fetch and build all that is needed; steps already done are skipped
 	@tools/setup
 
-serve: setup ## chat with the model on the terminal
+serve: ## chat with the model on the terminal
+	@tools/setup --program
 	@build/jointkv chat
 
 test: setup ## build and run the tests
 	@ctest --preset release
 
-demo: setup ## run a batch of prompts and print a table of what it took
+demo: ## run a batch of prompts and print a table of what it took
+	@tools/setup --program
 	@build/jointkv demo
 
 asan: ## unit tests under AddressSanitizer and UBSan
 	@tools/setup --no-build
-	@cmake --preset $@ -DJOINTKV_CACHE=$(JOINTKV_CACHE) --log-level=WARNING
+	@cmake --preset $@ $(cache_variables) --log-level=WARNING
 	@cmake --build --preset $@
 	@ctest --preset $@
 
 tsan: ## unit tests under ThreadSanitizer
 	@tools/setup --no-build
-	@cmake --preset $@ -DJOINTKV_CACHE=$(JOINTKV_CACHE) --log-level=WARNING
+	@cmake --preset $@ $(cache_variables) --log-level=WARNING
 	@cmake --build --preset $@
 	@ctest --preset $@
 
@@ -39,7 +44,7 @@ check: ## format and include checks, as CI runs them
 
 tidy: ## clang-tidy over all sources
 	@tools/setup --dev --no-build
-	@cmake --preset clang -DJOINTKV_CACHE=$(JOINTKV_CACHE) --log-level=WARNING
+	@cmake --preset clang $(cache_variables) --log-level=WARNING
 	@run-clang-tidy -quiet -p build/clang '/(src|bench|tests)/'
 
 bench-peers: setup ## speed against llama.cpp and OpenVINO GenAI, interleaved on this machine

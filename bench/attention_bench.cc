@@ -2,6 +2,7 @@
 // and V of the step's rows, then attending. Layers rotate, so that K and V come from memory and not from a cache.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>

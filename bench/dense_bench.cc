@@ -1,8 +1,6 @@
 // Matrix products of SmolLM2-135M's shapes in bf16: dense::Linear against oneDNN's matmul with weights in the layout
 // that it likes best, both on 2 threads. Weights rotate through copies larger than the last-level cache, as a model's
 // layers do. peak_share: of a loop of dot products that touches registers only, on the same threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <memory>
 #include <random>
@@ -20,6 +18,9 @@
 #include "base/clock.h"
 #include "base/cpu.h"
 #include "dense/linear.h"
+
+// Of GCC's OpenMP, on which oneDNN runs; clang has another omp.h, or none.
+extern "C" void omp_set_num_threads(int n);
 
 namespace jointkv::bench {
 namespace {

@@ -11,6 +11,25 @@ namespace jointkv::attention {
 namespace {
 
 constexpr int kTileRowsMin = 8;  // shorter spans go row by row
+// Spans of so many rows keep the threads busy without splitting rows, so their partial results need no memory.
+constexpr int kWholeRowsMin = 4;
+
+// Sums, maxima and totals of one row kernel call.
+constexpr size_t ResultFloats(int head_dim) { return static_cast<size_t>(kGroupMax) * (head_dim + 2); }
+
+// End of the split that begins with block `at`.
+int SplitEnd(int at, int last) { return std::min(last, (at / kSplitBlocks + 1) * kSplitBlocks); }
+
+// Adds one partial result (sums of head_dim, max, total) to another, always the later blocks to the earlier ones.
+void Combine(float* sums, float& max, float& total, const float* more_sums, float more_max, float more_total,
+             int head_dim) {
+  const float largest = std::max(max, more_max);
+  const float keep = std::exp2(max - largest);
+  const float add = std::exp2(more_max - largest);
+  for (int c = 0; c < head_dim; ++c) sums[c] = sums[c] * keep + more_sums[c] * add;
+  total = total * keep + more_total * add;
+  max = largest;
+}
 
 }  // namespace
 
@@ -27,8 +46,7 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
     plan_of_layer_.push_back(static_cast<int>(plan - plans_.begin()));
   }
   q_.resize(static_cast<size_t>(max_rows) * shape.d_q());
-  const size_t row_bytes =
-      (RowScratchFloats(shape.head_dim) + static_cast<size_t>(kGroupMax) * (shape.head_dim + 2)) * sizeof(float);
+  const size_t row_bytes = (RowScratchFloats(shape.head_dim) + 2 * ResultFloats(shape.head_dim)) * sizeof(float);
   const size_t tile_bytes = tiles_ ? TileScratchBytes(shape.head_dim) : 0;
   thread_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 4096);
   scratch_ = HugeBuffer(thread_scratch_bytes_ * threads);
@@ -57,7 +75,7 @@ void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
     if (!plan.merges.empty())
       partials = std::max<size_t>(partials, plan.merges.back().first_partial + plan.merges.back().partials);
   }
-  if (partials * partial_floats() > partials_.size()) partials_.resize(partials * partial_floats() * 2);
+  if (partials * partial_floats() > partials_.size()) partials_.resize(partials * partial_floats());
 }
 
 void Attention::PlanWindow(const kv::KvCache& cache, WindowPlan& plan) {
@@ -91,11 +109,14 @@ void Attention::PlanWindow(const kv::KvCache& cache, WindowPlan& plan) {
       advance(position, position);
       // Splits stand at multiples of kSplitBlocks, so that they depend on the sequence alone.
       const int splits = (last - 1) / kSplitBlocks - first / kSplitBlocks + 1;
-      if (splits > 1) plan.merges.push_back({span.first_row + row, partials, splits});
+      if (splits == 1 || span.rows >= kWholeRowsMin) {
+        plan.rows.push_back({static_cast<int>(i), span.first_row + row, position, first, last, -1});
+        continue;
+      }
+      plan.merges.push_back({span.first_row + row, partials, splits});
       for (int at = first; at < last;) {
-        const int end = std::min(last, (at / kSplitBlocks + 1) * kSplitBlocks);
-        plan.rows.push_back(
-            {static_cast<int>(i), span.first_row + row, position, at, end, splits > 1 ? partials++ : -1});
+        const int end = SplitEnd(at, last);
+        plan.rows.push_back({static_cast<int>(i), span.first_row + row, position, at, end, partials++});
         at = end;
       }
     }
@@ -200,24 +221,37 @@ void Attention::RunRow(const kv::KvCache& cache, int layer, const WindowPlan& pl
   args.first = unit.first;
   args.last = unit.last;
   args.scratch = scratch;
-  float* local = scratch + RowScratchFloats(shape_.head_dim);
   const int head_dim = shape_.head_dim;
+  const auto sums_of = [&](int slot) { return scratch + RowScratchFloats(head_dim) + slot * ResultFloats(head_dim); };
   for (int g = 0; g < shape_.group(); g += kGroupMax) {
     const int head = kv_head * shape_.group() + g;
     args.queries = std::min(kGroupMax, shape_.group() - g);
     args.q = q_.data() + static_cast<ptrdiff_t>(unit.row) * shape_.d_q() + static_cast<ptrdiff_t>(head) * head_dim;
-    if (unit.partial < 0) {
-      args.sums = local;
-      args.max = local + static_cast<ptrdiff_t>(kGroupMax) * head_dim;
-      args.total = args.max + kGroupMax;
-    } else {
+    if (unit.partial >= 0) {
       float* partial = partials_.data() + unit.partial * partial_floats();
       args.sums = partial + static_cast<ptrdiff_t>(head) * head_dim;
       args.max = partial + static_cast<ptrdiff_t>(shape_.n_heads) * head_dim + head;
       args.total = args.max + shape_.n_heads;
+      (bf16_kernels_ ? RowAttentionBf16 : RowAttentionGeneric)(args);
+      continue;
     }
-    (bf16_kernels_ ? RowAttentionBf16 : RowAttentionGeneric)(args);
-    if (unit.partial < 0) WriteRow(args.sums, args.total, args.queries, unit.row, head, out);
+    // A whole row: split after split, added up as MergeRow would.
+    float* sums = sums_of(0);
+    float* max = sums + static_cast<ptrdiff_t>(kGroupMax) * head_dim;
+    float* total = max + kGroupMax;
+    for (int at = unit.first; at < unit.last; at = args.last) {
+      args.first = at;
+      args.last = SplitEnd(at, unit.last);
+      args.sums = at == unit.first ? sums : sums_of(1);
+      args.max = args.sums + static_cast<ptrdiff_t>(kGroupMax) * head_dim;
+      args.total = args.max + kGroupMax;
+      (bf16_kernels_ ? RowAttentionBf16 : RowAttentionGeneric)(args);
+      for (int q = 0; at != unit.first && q < args.queries; ++q) {
+        const ptrdiff_t offset = static_cast<ptrdiff_t>(q) * head_dim;
+        Combine(sums + offset, max[q], total[q], args.sums + offset, args.max[q], args.total[q], head_dim);
+      }
+    }
+    WriteRow(sums, total, args.queries, unit.row, head, out);
   }
 }
 
@@ -236,25 +270,21 @@ void Attention::WriteRow(const float* sums, const float* total, int queries, int
   }
 }
 
-// Partials of one row, in block order: scale each to the largest maximum and add (as in flash decoding).
-void Attention::MergeRow(const Merge& merge, const dense::Activations& out) const {
+// Partials of one row, added to the first in block order (as in flash decoding).
+void Attention::MergeRow(const Merge& merge, const dense::Activations& out) {
   const int head_dim = shape_.head_dim;
-  const size_t stride = partial_floats();
-  const float* base = partials_.data() + merge.first_partial * stride;
   for (int head = 0; head < shape_.n_heads; ++head) {
-    const float* max = base + static_cast<ptrdiff_t>(shape_.n_heads) * head_dim + head;
-    float largest = max[0];
-    for (int i = 1; i < merge.partials; ++i) largest = std::max(largest, max[i * stride]);
-    float total = 0;
-    float sums[512] = {};
-    CHECK(head_dim <= 512);
-    for (int i = 0; i < merge.partials; ++i) {
-      const float weight = std::exp2(max[i * stride] - largest);
-      total += weight * max[i * stride + shape_.n_heads];
-      const float* in = base + i * stride + static_cast<ptrdiff_t>(head) * head_dim;
-      for (int c = 0; c < head_dim; ++c) sums[c] += weight * in[c];
+    const auto sums = [&](int i) {
+      return partials_.data() + (merge.first_partial + i) * partial_floats() + static_cast<ptrdiff_t>(head) * head_dim;
+    };
+    const auto max = [&](int i) {
+      return partials_.data() + (merge.first_partial + i) * partial_floats() +
+             static_cast<ptrdiff_t>(shape_.n_heads) * head_dim + head;
+    };
+    for (int i = 1; i < merge.partials; ++i) {
+      Combine(sums(0), *max(0), max(0)[shape_.n_heads], sums(i), *max(i), max(i)[shape_.n_heads], head_dim);
     }
-    WriteRow(sums, &total, 1, merge.row, head, out);
+    WriteRow(sums(0), max(0) + shape_.n_heads, 1, merge.row, head, out);
   }
 }
 

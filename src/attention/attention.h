@@ -1,9 +1,10 @@
 // Attention: one step's attention over the block store, layer by layer.
 //
 // Plan cuts a step into units of work once; Store and Run then execute them for each layer. A unit is either
-//   a row    one position of one sequence against at most kSplitBlocks of its blocks (decode, and any row where the
-//   result
-//            must not depend on how rows are grouped); partial results of one row are merged in block order
+//   a row    one position of one sequence against its blocks (decode, and any row whose result must not depend on how
+//   rows
+//            are grouped), kSplitBlocks at a time; where there are few rows each split is a unit of its own, merged
+//            after
 //   a tile   a run of positions of one sequence against all their tokens (prefill), where the CPU has the kernel
 // times the KV heads.
 //
@@ -79,7 +80,7 @@ class Attention {
     int position = 0;
     int first = 0;  // logical blocks
     int last = 0;
-    int partial = -1;  // index into partials; -1: the row has one unit and writes its result directly
+    int partial = -1;  // index into partials; -1: a whole row, which writes its result directly
   };
   struct Merge {
     int row = 0;
@@ -110,7 +111,7 @@ class Attention {
                const dense::RopeTable& rope, float rope_magnitude, const dense::Activations& out, int thread);
   void WriteRow(const float* sums, const float* total, int queries, int row, int first_head,
                 const dense::Activations& out) const;
-  void MergeRow(const Merge& merge, const dense::Activations& out) const;
+  void MergeRow(const Merge& merge, const dense::Activations& out);
 
   size_t partial_floats() const { return static_cast<size_t>(shape_.n_heads) * (shape_.head_dim + 2); }
 

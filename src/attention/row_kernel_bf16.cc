@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 
 #include "attention/kernels.h"
 #include "base/check.h"
@@ -45,7 +44,7 @@ void Scores(const uint32_t* const* q, const std::byte* k, int n_pairs, int cap, 
     step(1, pair + 1);
   }
   if (pair < n_pairs) step(0, pair);
-  const __m512 unseen = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 unseen = _mm512_set1_ps(kUnseen);
   for (int g = 0; g < kQueries; ++g) {
     _mm512_storeu_ps(out[g], _mm512_mask_add_ps(unseen, keep0, sum[0][g][0], sum[1][g][0]));
     if (kTwoVectors) _mm512_storeu_ps(out[g] + 16, _mm512_mask_add_ps(unseen, keep1, sum[0][g][1], sum[1][g][1]));

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 
 #include "attention/kernels.h"
 #include "base/check.h"
@@ -151,7 +150,7 @@ void ValueStep(const uint16_t* weights, const float* correction, const uint32_t*
 float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible, int end_visible, float& max,
                  float& total) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512 unseen = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 unseen = _mm512_set1_ps(kUnseen);
   __m512 largest = unseen;
   if (first_visible <= 0 && end_visible >= width) {
     for (int i = 0; i < width; i += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores + i));
@@ -167,7 +166,7 @@ float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible,
   }
   const float old_max = max;
   max = std::max(max, _mm512_reduce_max_ps(largest));
-  const float shift = max == -std::numeric_limits<float>::infinity() ? 0.0f : max;
+  const float shift = max == kUnseen ? 0.0f : max;
   __m512 sum = _mm512_setzero_ps();
   for (int i = 0; i < width; i += 16) {
     const __m512 weight = Exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(shift)));
@@ -242,7 +241,7 @@ void TileAttentionBf16(const TileArgs& args) {
   const ptrdiff_t q_stride = RoundUp(n_pairs, 16);
   std::fill_n(scratch.q, queries * q_stride, 0u);
   std::fill_n(scratch.sums, static_cast<ptrdiff_t>(queries) * head_dim, 0.0f);
-  std::fill_n(scratch.max, queries, -std::numeric_limits<float>::infinity());
+  std::fill_n(scratch.max, queries, kUnseen);
   std::fill_n(scratch.total, queries, 0.0f);
   for (int row = 0; row < args.rows; ++row) {
     const int position = args.position + row;

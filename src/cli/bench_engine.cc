@@ -23,7 +23,12 @@ EngineBench::EngineBench(engine::Engine& engine, int repeat) : engine_(engine), 
   matrix_bytes_ = matrices.file_bytes;
 }
 
-std::vector<TokenId> EngineBench::RandomPrompt(int length) {
+Expected<std::vector<TokenId>> EngineBench::RandomPrompt(int length) {
+  if (ordinary_.empty()) {
+    return Status(StatusCode::kUnsupported, "bench: the vocabulary of " +
+                                                std::to_string(engine_.tokenizer().n_vocab()) +
+                                                " tokens has none that is neither special nor end of generation");
+  }
   std::vector<TokenId> prompt(static_cast<size_t>(length));
   for (TokenId& token : prompt) {
     // xorshift64: any draw will do that never repeats a prompt.
@@ -50,7 +55,7 @@ Status EngineBench::Drain(std::vector<Event>& events) {
 
 Expected<double> EngineBench::PrefillOnce(int length) {
   engine::Request request;
-  request.prompt = RandomPrompt(length);
+  ASSIGN_OR_RETURN(request.prompt, RandomPrompt(length));
   request.sampling.temperature = 0;
   request.sampling.ignore_eos = true;
   request.sampling.max_tokens = 1;
@@ -77,7 +82,7 @@ Expected<double> EngineBench::DecodeOnce(int batch, int context, int tokens) {
   std::vector<engine::RequestId> ids;
   for (int i = 0; i < batch; ++i) {
     engine::Request request;
-    request.prompt = RandomPrompt(context);
+    ASSIGN_OR_RETURN(request.prompt, RandomPrompt(context));
     request.sampling.temperature = 0;
     request.sampling.ignore_eos = true;
     request.sampling.max_tokens = static_cast<int>(before) + tokens;

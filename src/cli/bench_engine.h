@@ -30,7 +30,8 @@ struct BenchResult {
 };
 
 // EngineBench. Threads: one. Owns: nothing; the engine must outlive it, idle and without a prefix cache. Fails how: a
-// Status when a case does not fit the context or the KV memory. Prompts are random tokens, none used twice.
+// Status when a case does not fit the context or the KV memory, or the vocabulary has no ordinary token. Prompts are
+// random tokens, none used twice.
 class EngineBench {
  public:
   EngineBench(engine::Engine& engine, int repeat);
@@ -42,7 +43,7 @@ class EngineBench {
  private:
   Expected<double> PrefillOnce(int length);
   Expected<double> DecodeOnce(int batch, int context, int tokens);
-  std::vector<TokenId> RandomPrompt(int length);
+  Expected<std::vector<TokenId>> RandomPrompt(int length);
   BenchResult Median(BenchResult result, const std::vector<double>& rates) const;
   void AddTraffic(BenchResult& result) const;
   Status Drain(std::vector<engine::Event>& events);

@@ -28,6 +28,7 @@ struct DemoFlags {
 
 Status SubmitAll(const DemoFlags& flags, const std::vector<Document>& pool, engine::Engine& engine, Batch& batch) {
   ASSIGN_OR_RETURN(const auto chat_template, text::ChatTemplate::Create(engine.tokenizer()));
+  if (!chat_template->warning().empty()) Complain(chat_template->warning());
   std::mt19937_64 random(flags.seed);
   for (int i = 0; i < flags.requests; ++i) {
     engine::Request request;

@@ -99,8 +99,10 @@ void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
   AddChoice<std::optional<Precision>>(app, "--compute", options.precision,
                                       {{"auto", std::nullopt}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}},
                                       "auto", "precision of matrix products; auto: the CPU's best");
-  app.add_option("--quantised-rows", options.quantised_rows,
-                 "steps of at most N rows use the file's quantised weights directly")
+  app.add_option(
+         "--quantised-rows", options.quantised_rows,
+         "steps of at most N rows use the file's quantised weights directly; ignored with --deterministic, or when "
+         "a matrix has no ggml dot product")
       ->check(CLI::Range(0, 16384))
       ->type_name("N")
       ->default_str("measured at load");

@@ -1,11 +1,16 @@
 #include <spdlog/fmt/fmt.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <string>
+#include <system_error>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -37,12 +42,24 @@ struct GenerateFlags {
   bool quiet = false;
 };
 
-// A prompt and where it came from.
-struct Source {
+// A prompt, or why there is none, and where it came from.
+struct Input {
   std::string where;  // "prompts.jsonl:3"
+  Expected<Prompt> prompt;
+};
+
+// What stays of an Input once it is queued.
+struct Source {
+  std::string where;
   std::string id;
   engine::SamplingParams sampling;
 };
+
+// Whether both paths name one regular file, through whatever links.
+bool IsSameFile(const std::string& a, const std::string& b) {
+  std::error_code error;
+  return std::filesystem::is_regular_file(a, error) && std::filesystem::equivalent(a, b, error);
+}
 
 class Generate {
  public:
@@ -50,8 +67,10 @@ class Generate {
   int Run();
 
  private:
-  bool OpenOutput();
-  void Take(const std::string& where, Expected<Prompt> prompt);
+  Status ReadInput();
+  Status OpenOutput();
+  bool UsesTemplate(const Prompt& prompt) const;
+  void Take(Input& input);
   Expected<engine::Request> RequestOf(Prompt& prompt) const;
   Status Submit(size_t index, Prompt& prompt);
   void Refuse(const std::string& where, const std::string& id, size_t index, const Status& status);
@@ -66,17 +85,36 @@ class Generate {
   std::unique_ptr<engine::Engine> engine_;
   std::unique_ptr<text::ChatTemplate> chat_template_;
   std::unique_ptr<Batch> batch_;
+  std::vector<Input> inputs_;
   std::vector<Source> sources_;
   std::FILE* json_ = nullptr;
   bool stream_ = false;  // the one choice there is goes to stdout as it comes
   bool failed_ = false;
 };
 
-bool Generate::OpenOutput() {
-  if (flags_.json_path.empty()) return true;
+// All prompts, before anything is written: what is wrong with the file shows at once.
+Status Generate::ReadInput() {
+  if (flags_.has_prompt) {
+    inputs_.push_back({"--prompt", Prompt{.id = {}, .content = flags_.prompt, .sampling = flags_.sampling}});
+    return Status::Ok();
+  }
+  const auto take = [this](int line, Expected<Prompt> prompt) {
+    inputs_.push_back({flags_.prompts_path + ":" + std::to_string(line), std::move(prompt)});
+  };
+  const Status status = ReadPrompts(flags_.prompts_path, flags_.sampling, take);
+  return status.ok() ? status : Status(status.code(), "--prompts " + status.message());
+}
+
+Status Generate::OpenOutput() {
+  if (flags_.json_path.empty()) return Status::Ok();
   json_ = flags_.json_path == "-" ? stdout : std::fopen(flags_.json_path.c_str(), "w");
-  if (json_ == nullptr) Complain("--json '" + flags_.json_path + "': " + std::strerror(errno));
-  return json_ != nullptr;
+  if (json_ != nullptr) return Status::Ok();
+  return {StatusCode::kIo, "--json '" + flags_.json_path + "': " + std::strerror(errno)};
+}
+
+bool Generate::UsesTemplate(const Prompt& prompt) const {
+  return std::holds_alternative<Conversation>(prompt.content) ||
+         (flags_.chat && std::holds_alternative<std::string>(prompt.content));
 }
 
 int Generate::Run() {
@@ -85,7 +123,14 @@ int Generate::Run() {
     Complain(status.message());
     return kExitUsage;
   }
-  if (!OpenOutput()) return kExitUsage;
+  if (IsSameFile(flags_.json_path, flags_.prompts_path)) {
+    Complain("--json '" + flags_.json_path + "': is the file of --prompts, which would be overwritten");
+    return kExitUsage;
+  }
+  if (const Status status = ReadInput(); !status.ok()) {
+    Complain(status.message());
+    return kExitUsage;
+  }
   int exit_code = kExitOk;
   engine_ = LoadEngine(flags_.engine, exit_code);
   if (engine_ == nullptr) return exit_code;
@@ -95,20 +140,19 @@ int Generate::Run() {
     return kExitFailed;
   }
   chat_template_ = std::move(chat_template).value();
+  const auto uses_template = [this](const Input& input) { return input.prompt.ok() && UsesTemplate(*input.prompt); };
+  if (!chat_template_->warning().empty() && std::ranges::any_of(inputs_, uses_template)) {
+    Complain(chat_template_->warning());
+  }
+  if (const Status status = OpenOutput(); !status.ok()) {
+    Complain(status.message());
+    return kExitUsage;
+  }
+  stream_ = flags_.has_prompt && flags_.sampling.n == 1 && json_ != stdout;
   batch_ = std::make_unique<Batch>(*engine_);
   ArmInterrupt();
-  if (flags_.has_prompt) {
-    stream_ = flags_.sampling.n == 1 && json_ != stdout;
-    Take("--prompt", Prompt{.id = {}, .content = flags_.prompt, .sampling = flags_.sampling});
-  } else {
-    const auto take = [this](int line, Expected<Prompt> prompt) {
-      Take(flags_.prompts_path + ":" + std::to_string(line), std::move(prompt));
-    };
-    if (const Status status = ReadPrompts(flags_.prompts_path, flags_.sampling, take); !status.ok()) {
-      Complain("--prompts " + status.message());
-      return kExitUsage;
-    }
-  }
+  for (Input& input : inputs_) Take(input);
+  inputs_.clear();
   Batch::Observer observer;
   if (stream_) observer.on_text = [this](size_t, int, const std::string& text) { OnText(text); };
   observer.on_end = [this](const Choice& choice) { OnEnd(choice); };
@@ -117,15 +161,15 @@ int Generate::Run() {
 }
 
 // Queues one prompt, or says why not.
-void Generate::Take(const std::string& where, Expected<Prompt> prompt) {
+void Generate::Take(Input& input) {
   const size_t index = sources_.size();
-  sources_.push_back({where, {}, {}});
-  Status status = prompt.status();
-  if (prompt.ok()) {
-    sources_[index].id = prompt->id;
-    status = Submit(index, *prompt);
+  sources_.push_back({input.where, {}, {}});
+  Status status = input.prompt.status();
+  if (input.prompt.ok()) {
+    sources_[index].id = input.prompt->id;
+    status = Submit(index, *input.prompt);
   }
-  if (!status.ok()) Refuse(where, sources_[index].id, index, status);
+  if (!status.ok()) Refuse(input.where, sources_[index].id, index, status);
 }
 
 Status Generate::Submit(size_t index, Prompt& prompt) {
@@ -265,7 +309,10 @@ void AddGenerate(CLI::App& app, Command& run) {
       ->type_name("FILE.jsonl");
   input->require_option(1);
   command->add_flag("--chat", flags->chat, "a text prompt is a user's message: apply the model's chat template");
-  command->add_option("--system", flags->system, "system message of conversations that have none")->type_name("TEXT");
+  command
+      ->add_option("--system", flags->system,
+                   "system message of conversations that have none; only with --chat or messages")
+      ->type_name("TEXT");
   command->add_option("--json", flags->json_path, "write a row per choice; - for standard output")
       ->type_name("OUT.jsonl");
   command->add_option("--summary", flags->summary_path, "write the summary as JSON; - for standard output")

@@ -1,17 +1,13 @@
 #include "cli/prompts.h"
 
-#include <cerrno>
 #include <charconv>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <optional>
 #include <set>
 
 #include <nlohmann/json.hpp>
 
+#include "cli/lines.h"
 #include "text/template_guard.h"
 
 namespace jointkv::cli {
@@ -278,10 +274,6 @@ Prompt PromptOf(const Json& row, const engine::SamplingParams& defaults, const P
   return prompt;
 }
 
-struct CloseFile {
-  void operator()(std::FILE* file) const { std::fclose(file); }
-};
-
 }  // namespace
 
 Expected<Prompt> ParsePrompt(std::string_view line, const engine::SamplingParams& defaults,
@@ -301,34 +293,10 @@ Expected<Prompt> ParsePrompt(std::string_view line, const engine::SamplingParams
 
 Status ReadPrompts(const std::string& path, const engine::SamplingParams& defaults,
                    const std::function<void(int line, Expected<Prompt> prompt)>& take, const PromptLimits& limits) {
-  const std::unique_ptr<std::FILE, CloseFile> opened(path == "-" ? nullptr : std::fopen(path.c_str(), "rb"));
-  std::FILE* file = path == "-" ? stdin : opened.get();
-  if (file == nullptr) {
-    return {errno == ENOENT ? StatusCode::kNotFound : StatusCode::kIo, "'" + path + "': " + std::strerror(errno)};
-  }
-  std::string line;
-  int number = 1;
-  const auto finish_line = [&] {
-    if (line.find_first_not_of(" \t\r") != std::string::npos) take(number, ParsePrompt(line, defaults, limits));
-    line.clear();
-    ++number;
-  };
-  std::vector<char> buffer(1 << 16);
-  size_t got = 0;
-  while ((got = std::fread(buffer.data(), 1, buffer.size(), file)) > 0) {
-    for (std::string_view rest(buffer.data(), got); !rest.empty();) {
-      const size_t end = rest.find('\n');
-      const std::string_view piece = rest.substr(0, end);
-      // One byte above the limit is enough for ParsePrompt to refuse the line.
-      if (line.size() <= limits.line_bytes_max) line += piece.substr(0, limits.line_bytes_max + 1 - line.size());
-      if (end == std::string_view::npos) break;
-      finish_line();
-      rest.remove_prefix(end + 1);
-    }
-  }
-  if (std::ferror(file) != 0) return {StatusCode::kIo, "'" + path + "': " + std::strerror(errno)};
-  finish_line();
-  return Status::Ok();
+  return ReadLines(path, limits.line_bytes_max, [&](int number, const std::string& line) {
+    take(number, ParsePrompt(line, defaults, limits));
+    return true;
+  });
 }
 
 }  // namespace jointkv::cli

@@ -4,9 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
 #include <numeric>
 #include <string_view>
 #include <utility>
@@ -14,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "cli/lines.h"
 #include "text/template_guard.h"
 
 namespace jointkv::cli {
@@ -114,18 +112,20 @@ std::vector<Document> MakeUpDocuments(int count, uint64_t seed) {
 }
 
 Expected<std::vector<Document>> ReadDocuments(const std::string& path, int count) {
-  std::ifstream file(path);
-  if (!file)
-    return Status(errno == ENOENT ? StatusCode::kNotFound : StatusCode::kIo, "'" + path + "': " + std::strerror(errno));
   std::vector<Document> documents;
-  std::string line;
-  for (int number = 1; static_cast<int>(documents.size()) < count && std::getline(file, line); ++number) {
-    if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+  Status bad;
+  const Status read = ReadLines(path, kLineBytesMax, [&](int number, const std::string& line) {
     Expected<Document> document = ParseDocument(line);
-    if (!document.ok())
-      return Status(document.status().code(), path + ":" + std::to_string(number) + ": " + document.status().message());
+    if (!document.ok()) {
+      const Status status = document.status();
+      bad = Status(status.code(), path + ":" + std::to_string(number) + ": " + status.message());
+      return false;
+    }
     documents.push_back(std::move(document).value());
-  }
+    return static_cast<int>(documents.size()) < count;
+  });
+  RETURN_IF_ERROR(read);
+  RETURN_IF_ERROR(bad);
   if (static_cast<int>(documents.size()) < count) {
     return Status(StatusCode::kOutOfRange, "'" + path + "' has " + std::to_string(documents.size()) +
                                                " documents, the pool needs " + std::to_string(count));

@@ -62,7 +62,7 @@ Summary SummaryBuilder::Build(const engine::EngineStats& stats, double wall_s) c
   summary.wall_s = wall_s;
   summary.req_s = Rate(requests_, wall_s);
   summary.prefill_tok_s = Rate(stats.prefill_tokens, stats.prefill_s);
-  summary.decode_tok_s = Rate(stats.output_tokens, stats.decode_s);
+  summary.decode_tok_s = Rate(stats.decode_tokens, stats.decode_s);
   summary.ttft_ms = PercentilesOf(ttft_ms_);
   summary.tpot_ms = PercentilesOf(tpot_ms_);
   summary.kv_bytes_peak = static_cast<int64_t>(stats.kv_bytes_peak);

@@ -55,7 +55,8 @@ TEST(SummaryTest, CountsRequestsOnceAndOnlyThoseThatFinished) {
   stats.prompt_tokens = 300;
   stats.prefill_tokens = 200;
   stats.prefill_s = 0.5;
-  stats.output_tokens = 90;
+  stats.output_tokens = 100;
+  stats.decode_tokens = 90;
   stats.decode_s = 3;
   stats.kv_bytes_peak = 100;
   stats.kv_bytes_logical_peak = 250;

@@ -1,12 +1,10 @@
 // Linear: y = x W^T + b over weights from a model file.
 //
-// Two ways to compute it, chosen by the number of rows (design: few rows are bound by reading weights, many by
-// arithmetic):
+// Two ways to compute it, chosen by the number of rows (few rows are bound by reading weights, many by arithmetic):
 //   quantised   rows of the file as they are, through ggml's dot products; the activations are quantised to the type
 //               that ggml pairs with the weights'. Least bytes per weight, one pass per row of x.
-//   packed      panels of bf16 (f32 where the CPU lacks bf16 or the caller asks), see dense/gemm.h. Packed once at
-//   load,
-//               or in `lean` mode unpacked panel by panel into scratch each time.
+//   packed      panels of bf16 (f32 where the CPU lacks bf16 or the caller asks), see dense/gemm.h. Packed once
+//               at load, or in `lean` mode unpacked panel by panel into scratch each time.
 //
 // Threads: Forward is called by one thread and works on the pool's; Linears are const after Create.
 // Owns: its packed panels; the file's bytes must outlive it. Fails how: Create returns kUnsupported for shapes that the

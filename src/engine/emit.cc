@@ -35,11 +35,11 @@ void Engine::ForkChoices(Sequence& first) {
   for (int choice = 1; choice < request.sampling.n; ++choice) {
     Expected<StopStringMatcher> stops = StopStringMatcher::Create(request.sampling.stop);
     CHECK(stops.ok());
-    auto sequence = std::make_unique<Sequence>(first.request, choice, first.sampler.Fork(choice), *tokenizer_,
-                                               std::move(stops).value());
+    auto sequence = std::make_unique<Sequence>(first.request, choice, *tokenizer_, std::move(stops).value());
     sequence->tokens.reserve(longest + 1);
     sequence->tokens.assign(first.tokens.begin(), first.tokens.end());
     sequence->computed = first.computed;
+    sequence->sampler = first.sampler->Fork(choice);
     sequence->forked = true;
     sequence->kv = cache_->Fork(first.kv, longest);
     running_.push_back(std::move(sequence));
@@ -53,7 +53,7 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   Event event;
   event.request = request.id;
   event.choice = sequence.choice;
-  const TokenId token = sequence.sampler.Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr);
+  const TokenId token = sequence.sampler->Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr);
   if (token == Sampler::kNoToken) {
     EndSequence(sequence, FinishReason::kError,
                 Status(StatusCode::kInternal, "request: the model gave no finite logit"), events);
@@ -63,7 +63,7 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   if (request.times.first_token_s == 0) request.times.first_token_s = now_s;
   event.token = token;
   sequence.tokens.push_back(token);
-  sequence.sampler.ObserveOutput(token);
+  sequence.sampler->ObserveOutput(token);
   ++sequence.output_tokens;
   ++stats_.output_tokens;
   tenants_[request.request.domain].served_tokens += 1;

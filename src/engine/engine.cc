@@ -126,13 +126,8 @@ Expected<RequestId> Engine::Submit(Request request) {
   state->request = std::move(request);
   state->times.submitted_s = MonotonicSeconds();
   state->open_choices = state->request.sampling.n;
-  auto sequence =
-      std::make_unique<Sequence>(state.get(), 0, Sampler(state->request.sampling, model_->n_vocab(), end_tokens_, 0),
-                                 *tokenizer_, std::move(stops));
-  sequence->tokens.reserve(longest + 1);
+  auto sequence = std::make_unique<Sequence>(state.get(), 0, *tokenizer_, std::move(stops));
   sequence->tokens = state->request.prompt;
-  sequence->tokens.reserve(longest + 1);
-  sequence->sampler.ObservePrompt(state->request.prompt);
   sequence->forked = state->request.sampling.n == 1;
   model_->EnsurePositions(longest + 1);
   const RequestId id = state->id;
@@ -191,6 +186,7 @@ bool Engine::Step(std::vector<Event>& events) {
   stats_.decode_s += step_s * decode_share;
   stats_.prefill_s += step_s * (1 - decode_share);
   stats_.prefill_tokens += static_cast<int64_t>(step_tokens_.size()) - decode_rows;
+  stats_.decode_tokens += decode_rows;
   ++stats_.steps;
   return true;
 }

@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -31,15 +32,15 @@ struct Engine::Sequence {
   std::vector<TokenId> tokens;  // prompt, then output
   int computed = 0;             // tokens whose K and V are in the store
   int output_tokens = 0;
-  Sampler sampler;
+  std::optional<Sampler> sampler;  // from the first admission on: its counts are as large as the vocabulary
   text::StreamDetokenizer detokenizer;
   StopStringMatcher stops;
   bool forked = false;  // the other choices exist (or n is 1)
   bool finished = false;
   int planned_rows = 0;  // in the present step
 
-  Sequence(RequestState* r, int c, Sampler s, const text::Tokenizer& tokenizer, StopStringMatcher m)
-      : request(r), choice(c), sampler(std::move(s)), detokenizer(tokenizer), stops(std::move(m)) {}
+  Sequence(RequestState* r, int c, const text::Tokenizer& tokenizer, StopStringMatcher m)
+      : request(r), choice(c), detokenizer(tokenizer), stops(std::move(m)) {}
   int Remaining() const { return static_cast<int>(tokens.size()) - computed; }
 };
 

@@ -55,6 +55,7 @@ struct EngineStats {
   int64_t prompt_tokens = 0;   // of admitted requests, cached or computed
   int64_t prefill_tokens = 0;  // computed, recomputation after preemption included
   int64_t output_tokens = 0;
+  int64_t decode_tokens = 0;  // of those, all but the first of each choice
   int64_t prefix_cached_tokens = 0;
   int64_t preemptions = 0;
   double prefill_s = 0;  // steps with prefill rows, by share of rows

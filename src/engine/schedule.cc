@@ -51,7 +51,7 @@ bool Engine::AdmitNext() {
   for (const auto& other : running_) running += other->forked ? 1 : other->request->request.sampling.n;
   if (running + slots > options_.max_running) return false;
   // Reserve: every running sequence may open another block before anything ends.
-  const size_t reserve = PendingBytes() + cache_->MinimumBytes(codec::kBlockTokensMax) * (running_.size() + slots);
+  const size_t reserve = PendingBytes() + cache_->MinimumBytes(codec::kBlockTokensMax) * (running + slots);
   if (!running_.empty() && !cache_->HasRoomFor(static_cast<int>(sequence.tokens.size()), reserve)) return false;
 
   const int longest = static_cast<int>(sequence.request->request.prompt.size()) + sampling.max_tokens;
@@ -60,6 +60,9 @@ bool Engine::AdmitNext() {
   RequestState& request = *sequence.request;
   if (!request.started) {
     request.started = true;
+    sequence.tokens.reserve(longest + 1);
+    sequence.sampler.emplace(sampling, model_->n_vocab(), end_tokens_, 0);
+    sequence.sampler->ObservePrompt(request.request.prompt);
     request.times.started_s = MonotonicSeconds();
     request.cached_tokens = sequence.computed;
     stats_.prompt_tokens += static_cast<int64_t>(request.request.prompt.size());

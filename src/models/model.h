@@ -57,7 +57,6 @@ class Model {
 
   const gguf::Hyperparameters& hyperparameters() const { return hp_; }
   int n_vocab() const { return hp_.n_vocab; }
-  int max_rows() const { return options_.max_rows; }
   int quantised_rows() const { return quantised_rows_; }
   dense::Precision precision() const { return linear_options_.precision; }
   size_t packed_bytes() const { return packed_bytes_; }
