@@ -108,7 +108,7 @@ class Generate(Case):
             self.assertGreater(told[name], 0, name)
 
     def test_one_prompt_streams_to_stdout(self):
-        done = run("generate", "--prompt", "The capital of France is", "--max-tokens", 4, "--temperature", 0, *KV)
+        done = run("generate", "--prompt", "The capital of France is", "--max-tokens", 4, "--temperature", 0, "--deterministic", *KV)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertTrue(done.stdout.startswith(" Paris"), done.stdout)
         self.assertIn("decode", done.stderr)
@@ -181,7 +181,7 @@ class Generate(Case):
 
 class Chat(Case):
     def test_pipe(self):
-        done = run("chat", "--temperature", 0, "--max-tokens", 12, *KV,
+        done = run("chat", "--temperature", 0, "--deterministic", "--max-tokens", 12, *KV,
                    text="What is the capital of France?\n\nAnd of Italy?\n/stats\n/nonsense\n/exit\nnever read\n")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("Paris", done.stdout)
