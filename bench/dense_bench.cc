@@ -2,6 +2,7 @@
 // that it likes best, both on 2 threads. Weights rotate through copies larger than the last-level cache, as a model's
 // layers do. peak_share: of a loop of dot products that touches registers only, on the same threads.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <unordered_map>
@@ -25,7 +26,11 @@ extern "C" void omp_set_num_threads(int n);
 namespace jointkv::bench {
 namespace {
 
-constexpr int kThreads = 2;
+// Of both sides; JOINTKV_BENCH_THREADS, 2 when unset.
+const int kThreads = [] {
+  const char* value = std::getenv("JOINTKV_BENCH_THREADS");
+  return value == nullptr ? 2 : std::max(1, std::atoi(value));
+}();
 constexpr size_t kWeightBytes = size_t{96} << 20;
 
 std::vector<uint16_t> RandomBf16(size_t n) {
