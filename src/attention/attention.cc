@@ -132,6 +132,8 @@ BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& sp
   run.blocks = cache.blocks(span.sequence).data();
   run.k = cache.table(span.sequence, layer, kv::Kind::kK);
   run.v = cache.table(span.sequence, layer, kv::Kind::kV);
+  run.k_scale = cache.scales(span.sequence, layer, kv::Kind::kK);
+  run.v_scale = cache.scales(span.sequence, layer, kv::Kind::kV);
   run.arena = cache.data(BlockId(0));
   run.granule_bytes = run.layout->granule_bytes();
   run.kv_head = kv_head;
@@ -151,7 +153,8 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
     args.q_scale = shape_.scale * static_cast<float>(std::numbers::log2e);
     args.k_block = cache.data(cache.table(span.sequence, layer, kv::Kind::kK)[segment.block]);
     args.v_block = cache.data(cache.table(span.sequence, layer, kv::Kind::kV)[segment.block]);
-    args.cap = cache.blocks(span.sequence)[segment.block].cap;
+    const kv::LogicalBlock& block = cache.blocks(span.sequence)[segment.block];
+    args.cap = block.cap;
     args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
     for (int i = 0; i < segment.rows; ++i) {
       float* row = qkv + static_cast<ptrdiff_t>(segment.first_row + i) * width;
@@ -165,8 +168,8 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
       args.qkv = row;
       args.q = q_.data() + static_cast<ptrdiff_t>(segment.first_row + i) * shape_.d_q();
       args.offset = segment.offset + i;
-      args.cos = rope.cos(args.offset);
-      args.sin = rope.sin(args.offset);
+      args.cos = rope.cos(block.start - block.base + args.offset);
+      args.sin = rope.sin(block.start - block.base + args.offset);
       StoreToken(args);
     }
   });

@@ -10,7 +10,7 @@
 namespace jointkv::attention {
 namespace {
 
-constexpr int kWorlds = 40;
+constexpr int kWorlds = 50;
 constexpr int kSteps = 10;
 
 WorldShape RandomShape(std::mt19937_64& random) {
@@ -32,6 +32,8 @@ WorldShape RandomShape(std::mt19937_64& random) {
   }
   shape.rows_independent = random() % 3 == 0;
   shape.norms = random() % 4 == 0;
+  shape.absolute_keys = random() % 3 == 0;
+  shape.scaled = random() % 3 == 0;
   shape.threads = pick({1, 2, 3});
   shape.sharpness = random() % 5 == 0 ? 4.0f : 1.0f;
   shape.out = random() % 3 == 0 ? dense::Precision::kBf16 : dense::Precision::kF32;

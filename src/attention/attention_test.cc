@@ -1,6 +1,8 @@
 #include "attention/attention.h"
 
 #include <algorithm>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -114,6 +116,29 @@ TEST(AttentionTest, YarnMagnitudeAndLinearScaling) {
   }
 }
 
+// What joint encoding may ask for: keys absolutely rotated in the store, blocks with a factor.
+TEST(AttentionTest, AbsoluteKeysAndScales) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) {
+    for (const bool rows_independent : {false, true}) {
+      for (const auto& [absolute_keys, scaled] : {std::pair(true, false), {false, true}, {true, true}}) {
+        WorldShape shape{.head_dim = 80,
+                         .neox = scaled,
+                         .codec = codec,
+                         .window = {0, 37},
+                         .rows_independent = rows_independent,
+                         .absolute_keys = absolute_keys,
+                         .scaled = scaled};
+        World world(shape);
+        RunChunks(world, RandomTokens(450, 9), {1, 290, 1, 90, 1, 9, 2});
+        ExpectBf16Noise(world, codec);
+        shape.rope = {.freq_scale = 0.25f, .ext_factor = 1, .n_ctx_orig = 128};
+        CheckShape(shape);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 // Decoding, prefilling and just starting sequences in one step; forks that share an open block and then part.
 TEST(AttentionTest, MixedBatchesAndForks) {
   for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) {
@@ -134,14 +159,15 @@ TEST(AttentionTest, MixedBatchesAndForks) {
   }
 }
 
-// The issue's own figure: blocks of position-free keys against plain absolute RoPE, f32 throughout, to 1e-4.
-TEST(AttentionTest, PositionFreeBlocksAreAbsoluteRope) {
-  for (const bool neox : {false, true}) {
+// Keys stored free of their position, and keys stored with it, against plain absolute RoPE: f32 throughout, to 1e-4.
+TEST(AttentionTest, BlocksAreAbsoluteRope) {
+  for (const int store : {0, 1, 2, 3}) {
     World world({.n_heads = 9,
                  .n_kv_heads = 3,
-                 .neox = neox,
+                 .neox = store % 2 == 1,
                  .codec = Codec::kF32,
                  .rope = {.freq_base = 100000},
+                 .absolute_keys = store >= 2,
                  .tokens_max = 1100});
     RunChunks(world, RandomTokens(1060, 7), {1000, 1, 1, 50, 1});
     EXPECT_LT(world.worst_error(), 1e-4);
@@ -153,25 +179,36 @@ TEST(AttentionTest, EveryHighwayTarget) {
   dense::ForEachTarget([] {
     for (const Codec codec : {Codec::kF32, Codec::kF16, Codec::kBf16}) {
       for (const int head_dim : {80, 18}) {
-        CheckShape({.n_heads = 6,
-                    .n_kv_heads = 2,
-                    .head_dim = head_dim,
-                    .codec = codec,
-                    .window = {0, 19},
-                    .tokens_max = 300});
+        for (const bool cosine : {false, true}) {
+          CheckShape({.n_heads = 6,
+                      .n_kv_heads = 2,
+                      .head_dim = head_dim,
+                      .codec = codec,
+                      .window = {0, 19},
+                      .absolute_keys = cosine,
+                      .scaled = cosine,
+                      .tokens_max = 300});
+        }
       }
     }
   });
 }
 
-class RowIndependenceTest : public testing::TestWithParam<Codec> {
+struct Store {
+  Codec codec;
+  bool cosine;  // absolute keys and scales
+};
+
+class RowIndependenceTest : public testing::TestWithParam<Store> {
  protected:
   WorldShape shape(int threads = 2) const {
     return {.n_heads = 10,
             .n_kv_heads = 2,
-            .codec = GetParam(),
+            .codec = GetParam().codec,
             .window = {0, 40},
             .rows_independent = true,
+            .absolute_keys = GetParam().cosine,
+            .scaled = GetParam().cosine,
             .threads = threads,
             .judged = false};
   }
@@ -243,8 +280,14 @@ TEST_P(RowIndependenceTest, ThreadsDoNotMatter) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Codecs, RowIndependenceTest, testing::Values(Codec::kBf16, Codec::kF16, Codec::kF32),
-                         [](const auto& codec) { return codec::CodecName(codec.param); });
+INSTANTIATE_TEST_SUITE_P(Stores, RowIndependenceTest,
+                         testing::Values(Store{Codec::kBf16, false}, Store{Codec::kF16, false},
+                                         Store{Codec::kF32, false}, Store{Codec::kBf16, true}, Store{Codec::kF16, true},
+                                         Store{Codec::kF32, true}),
+                         [](const auto& store) {
+                           return std::string(codec::CodecName(store.param.codec)) +
+                                  (store.param.cosine ? "_cosine" : "");
+                         });
 
 }  // namespace
 }  // namespace jointkv::attention

@@ -100,11 +100,12 @@ void RowAttentionImpl(const RowArgs& args) {
     float max = -std::numeric_limits<float>::infinity();
     for (int index = args.first; index < args.last; ++index) {
       const kv::LogicalBlock& block = args.run.blocks[index];
-      const float* cos = args.rope->cos(args.position - block.start);
-      const float* sin = args.rope->sin(args.position - block.start);
+      const float* cos = args.rope->cos(args.position - block.base);
+      const float* sin = args.rope->sin(args.position - block.base);
+      const float scale = args.run.KScale(index);
       for (int i = 0; i < n_pairs; ++i) {
-        rotated[i] = q[i] * cos[i] - q[n_pairs + i] * sin[i];
-        rotated[n_pairs + i] = q[i] * sin[i] + q[n_pairs + i] * cos[i];
+        rotated[i] = scale * (q[i] * cos[i] - q[n_pairs + i] * sin[i]);
+        rotated[n_pairs + i] = scale * (q[i] * sin[i] + q[n_pairs + i] * cos[i]);
       }
       const std::byte* k = args.run.Head(args.run.k, index);
       float* row = scores + (index - args.first) * codec::kBlockTokensMax;
@@ -125,10 +126,12 @@ void RowAttentionImpl(const RowArgs& args) {
       float* row = scores + (index - args.first) * codec::kBlockTokensMax;
       const int begin = args.window == 0 ? 0 : std::max(0, args.position - args.window + 1 - block.start);
       const int end = std::min<int>(block.tokens, args.position + 1 - block.start);
+      const float scale = args.run.VScale(index);
       if (begin > 0) row[begin - 1] = 0;  // shares a pair with the first visible token
       for (int t = begin; t < end; ++t) {
-        row[t] = std::exp2(row[t] - max);
-        total += row[t];
+        const float weight = std::exp2(row[t] - max);
+        total += weight;
+        row[t] = weight * scale;
       }
       const std::byte* v = args.run.Head(args.run.v, index);
       int channel = 0;

@@ -21,6 +21,8 @@ struct BlockRun {
   const kv::LogicalBlock* blocks = nullptr;  // by logical index
   const BlockId* k = nullptr;                // block table rows, by logical index
   const BlockId* v = nullptr;
+  const float* k_scale = nullptr;  // by logical index: factors of the blocks' keys and values; null: all 1
+  const float* v_scale = nullptr;
   const std::byte* arena = nullptr;
   size_t granule_bytes = 0;
   int kv_head = 0;
@@ -29,6 +31,8 @@ struct BlockRun {
     return arena + static_cast<size_t>(table[index].value) * granule_bytes +
            layout->head_offset(kv_head, blocks[index].cap);
   }
+  float KScale(int index) const { return k_scale == nullptr ? 1.0f : k_scale[index]; }
+  float VScale(int index) const { return v_scale == nullptr ? 1.0f : v_scale[index]; }
 };
 
 inline constexpr int kGroupMax = 4;      // queries that a row kernel handles at once
@@ -86,21 +90,21 @@ struct TileArgs {
 constexpr size_t TileScratchBytes(int head_dim) {
   const size_t hd = RoundUp(head_dim, 32);
   return hd * 2 * (kTileQueries + 8) + 4 * hd * kTileKeys + hd * 4 * (kTileQueries + 8) + 8 * (kTileQueries + 8) +
-         6 * kTileKeys * 6 + 1024;
+         6 * kTileKeys * 6 + 4 * kTileKeys + 1024;
 }
 
 // Requires bf16 blocks and AVX-512 BF16.
 void TileAttentionBf16(const TileArgs& args);
 
-// Prepares one token after the QKV product: queries into pair order and scaled; K rotated by its offset inside its
-// block; K and V into the block.
+// Prepares one token after the QKV product: queries into pair order and scaled; K rotated by its position from the base
+// of its block; K and V into the block.
 struct TokenArgs {
   const codec::BlockLayout* layout = nullptr;
   const float* qkv = nullptr;  // (n_heads + 2 n_kv_heads, head_dim)
   int n_heads = 0;
   bool neox = false;  // RoPE pairs (i, i + head_dim / 2); otherwise (2i, 2i + 1)
   float q_scale = 1;
-  const float* cos = nullptr;  // (head_dim / 2) of the offset
+  const float* cos = nullptr;  // (head_dim / 2) of the key's rotation
   const float* sin = nullptr;
   float* q = nullptr;  // out: (n_heads, 2, head_dim / 2)
   std::byte* k_block = nullptr;

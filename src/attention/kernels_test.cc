@@ -1,6 +1,7 @@
 #include "attention/kernels.h"
 
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -13,6 +14,8 @@ namespace {
 struct Row {
   std::vector<float> out;  // (queries, head_dim), divided
   std::vector<float> max;
+
+  bool operator==(const Row&) const = default;
 };
 
 Row RunKernel(void (*kernel)(const RowArgs&), RowArgs args) {
@@ -31,11 +34,28 @@ Row RunKernel(void (*kernel)(const RowArgs&), RowArgs args) {
   return row;
 }
 
-// Attention never picks the generic kernel for bf16 blocks where the CPU has a better one, so it is called here: on
-// every target within f32 rounding of one another (1e-4 of values of order 1 that are averages of at most 512), and the
-// bf16 kernel within what it rounds: 2^-8 of weights and, times scores' spread of order 1, of queries.
+// The generic kernel on every target, then the bf16 kernel where the CPU can.
+std::vector<Row> RunEveryKernel(const RowArgs& args) {
+  std::vector<Row> rows;
+  dense::ForEachTarget([&] { rows.push_back(RunKernel(RowAttentionGeneric, args)); });
+  if (HasAvx512Bf16()) rows.push_back(RunKernel(RowAttentionBf16, args));
+  return rows;
+}
+
+// On every target within f32 rounding of one another (1e-4 of values of order 1 that are averages of at most 512), and
+// the bf16 kernel within what it rounds: 2^-8 of weights and, times scores' spread of order 1, of queries.
+void ExpectAgreement(const std::vector<Row>& rows) {
+  for (size_t r = 1; r < rows.size(); ++r) {
+    const double tolerance = HasAvx512Bf16() && r + 1 == rows.size() ? 0.05 : 1e-4;
+    for (size_t i = 0; i < rows[0].out.size(); ++i) ASSERT_NEAR(rows[r].out[i], rows[0].out[i], tolerance);
+    for (size_t i = 0; i < rows[0].max.size(); ++i) ASSERT_NEAR(rows[r].max[i], rows[0].max[i], tolerance);
+  }
+}
+
+// Attention never picks the generic kernel for bf16 blocks where the CPU has a better one, so it is called here.
 TEST(KernelsTest, RowKernelsAgreeOnBf16Blocks) {
   for (const int head_dim : {16, 64, 80, 256}) {
+    const testing::ScopedTrace trace(__FILE__, __LINE__, "head_dim " + std::to_string(head_dim));
     World world({.n_heads = 4, .n_kv_heads = 2, .head_dim = head_dim, .judged = false});
     const SequenceId id = world.Start();
     world.Step({{id, RandomTokens(200, 3)}});
@@ -51,6 +71,9 @@ TEST(KernelsTest, RowKernelsAgreeOnBf16Blocks) {
     args.run.arena = cache.data(BlockId(0));
     args.run.granule_bytes = args.run.layout->granule_bytes();
     args.run.kv_head = 1;
+    const std::vector<float> k_scale = dense::RandomFloats(blocks.size(), 6, 0.5f);
+    const std::vector<float> v_scale = dense::RandomFloats(blocks.size(), 7);
+    const std::vector<float> ones(blocks.size(), 1.0f);
     args.rope = &world.rope();
     args.q = q.data();
     for (args.queries = 1; args.queries <= kGroupMax; ++args.queries) {
@@ -62,15 +85,15 @@ TEST(KernelsTest, RowKernelsAgreeOnBf16Blocks) {
           args.first = 0;
           while (window != 0 && blocks[args.first].start + blocks[args.first].tokens <= args.position - window + 1)
             ++args.first;
-          std::vector<Row> rows;
-          dense::ForEachTarget([&] { rows.push_back(RunKernel(RowAttentionGeneric, args)); });
-          if (HasAvx512Bf16()) rows.push_back(RunKernel(RowAttentionBf16, args));
-          for (size_t r = 1; r < rows.size(); ++r) {
-            const double tolerance = HasAvx512Bf16() && r + 1 == rows.size() ? 0.05 : 1e-4;
-            for (size_t i = 0; i < rows[0].out.size(); ++i)
-              ASSERT_NEAR(rows[r].out[i], rows[0].out[i], tolerance) << "head_dim " << head_dim;
-            for (size_t i = 0; i < rows[0].max.size(); ++i) ASSERT_NEAR(rows[r].max[i], rows[0].max[i], tolerance);
-          }
+          args.run.k_scale = args.run.v_scale = nullptr;
+          const std::vector<Row> rows = RunEveryKernel(args);
+          ExpectAgreement(rows);
+          args.run.k_scale = args.run.v_scale = ones.data();
+          ASSERT_EQ(RunEveryKernel(args), rows) << "no scales and scales of 1";
+          args.run.k_scale = k_scale.data();
+          args.run.v_scale = v_scale.data();
+          ExpectAgreement(RunEveryKernel(args));
+          if (HasFatalFailure()) return;
         }
       }
     }

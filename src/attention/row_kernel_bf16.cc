@@ -82,6 +82,20 @@ void WeightedSum(const RowArgs& args, const BlockSpan* spans, const uint16_t* co
   }
 }
 
+// Turns one query's scores into weights, times the scale of each 16 of them where there are such, and returns the
+// weights' sum, before that.
+template <bool kScaled>
+float Weigh(const float* scores, int width, float max, const float* scale, uint16_t* p) {
+  __m512 total = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += 16) {
+    __m512 weight = Exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(max)));
+    total = _mm512_add_ps(total, weight);
+    if (kScaled) weight = _mm512_mul_ps(weight, _mm512_set1_ps(scale[i / 16]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), (__m256i)_mm512_cvtneps_pbh(weight));
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
 template <int kQueries>
 void Row(const RowArgs& args) {
   const int head_dim = args.run.layout->head_dim;
@@ -98,6 +112,7 @@ void Row(const RowArgs& args) {
   }
 
   BlockSpan spans[kSplitBlocks];
+  float v_scale[kScores / 16];  // of 16 scores each
   int width = 0;
   for (int index = args.first; index < args.last; ++index) {
     const kv::LogicalBlock& block = args.run.blocks[index];
@@ -105,11 +120,13 @@ void Row(const RowArgs& args) {
     span.offset = width;
     span.begin = args.window == 0 ? 0 : std::max(0, args.position - args.window + 1 - block.start);
     span.end = std::min<int>(block.tokens, args.position + 1 - block.start);
-    const int delta = args.position - block.start;
+    const int delta = args.position - block.base;
+    const float k_scale = args.run.KScale(index);
     for (int g = 0; g < kQueries; ++g) {
       RotateToPairs(args.q + static_cast<ptrdiff_t>(g) * head_dim, n_pairs, args.rope->cos(delta),
-                    args.rope->sin(delta), 1.0f, rotated[g]);
+                    args.rope->sin(delta), k_scale, rotated[g]);
     }
+    if (args.run.v_scale != nullptr) v_scale[width / 16] = v_scale[width / 16 + 1] = args.run.v_scale[index];
     float* out[kQueries];
     for (int g = 0; g < kQueries; ++g) out[g] = scores[g] + width;
     const std::byte* k = args.run.Head(args.run.k, index);
@@ -131,14 +148,9 @@ void Row(const RowArgs& args) {
     __m512 largest = _mm512_loadu_ps(scores[g]);
     for (int i = 16; i < width; i += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores[g] + i));
     const float max = _mm512_reduce_max_ps(largest);
-    __m512 total = _mm512_setzero_ps();
-    for (int i = 0; i < width; i += 16) {
-      const __m512 weight = Exp2(_mm512_sub_ps(_mm512_loadu_ps(scores[g] + i), _mm512_set1_ps(max)));
-      total = _mm512_add_ps(total, weight);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p[g] + i), (__m256i)_mm512_cvtneps_pbh(weight));
-    }
     args.max[g] = max;
-    args.total[g] = _mm512_reduce_add_ps(total);
+    args.total[g] = args.run.v_scale == nullptr ? Weigh<false>(scores[g], width, max, nullptr, p[g])
+                                                : Weigh<true>(scores[g], width, max, v_scale, p[g]);
   }
 
   int channel = 0;

@@ -1,7 +1,8 @@
 // A block store, an Attention and made-up activations, with a plain double reference as the judge of every row.
 //
 // Activations are a function of the tokens up to their position (kv/test_content.h), so sequences that rightly share
-// blocks agree, and a row's result may be compared between worlds that computed it in other company.
+// blocks agree, and a row's result may be compared between worlds that computed it in other company. Scales are a
+// function of the tokens up to their block's first.
 #pragma once
 
 #include <algorithm>
@@ -34,6 +35,8 @@ struct WorldShape {
   gguf::Rope rope = {};  // n_rot is head_dim
   bool rows_independent = false;
   bool norms = false;
+  bool absolute_keys = false;  // in the store
+  bool scaled = false;         // every block of every layer has factors for its keys and its values
   int threads = 2;
   bool judged = true;     // false: only the bits of the results matter
   float sharpness = 1;    // multiplies activations; large: one token takes all weight
@@ -60,7 +63,9 @@ class World {
     // Each token may stand alone in a block of the smallest class.
     const size_t bytes =
         kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (4u << 20);
-    auto cache = kv::KvCache::Create(kv, kv::BlockCutter({1}), {bytes, true});
+    auto cache = kv::KvCache::Create(
+        kv, kv::BlockCutter({1}),
+        {.cap_bytes = bytes, .prefix_cache = true, .absolute_keys = shape.absolute_keys, .scales = shape.scaled});
     EXPECT_TRUE(cache.ok()) << cache.status().ToString();
     cache_ = std::move(cache).value();
     // Fresh blocks hold NaN in every codec: whatever a kernel reads without having written it shows.
@@ -99,12 +104,14 @@ class World {
       spans.push_back({piece.sequence, rows, n, position});
       rows += n;
     }
+    SetScales(spans);
     attention_->Plan(*cache_, spans);
     for (int layer = 0; layer < static_cast<int>(shape_.window.size()); ++layer) {
       RunLayer(spans, rows, layer);
       if (testing::Test::HasFatalFailure()) return;
     }
     for (const Piece& piece : pieces) cache_->Commit(piece.sequence);
+    SetScales(spans);  // sealed blocks may have become others' since
   }
 
   // Root mean square error over what rounding to bf16 explains (1: just as much); call after some steps in bf16.
@@ -112,9 +119,29 @@ class World {
 
  private:
   struct Token {
-    std::vector<double> k;  // (n_kv_heads, 2, head_dim / 2) absolutely rotated, with RoPE's magnitude
-    std::vector<double> v;  // (n_kv_heads, head_dim)
+    std::vector<double> k;  // (n_kv_heads, 2, head_dim / 2) absolutely rotated, with RoPE's magnitude, scaled
+    std::vector<double> v;  // (n_kv_heads, head_dim), scaled
   };
+
+  // The factor of a block whose first token has this history.
+  float Scale(uint64_t history, int table) const {
+    if (!shape_.scaled) return 1;
+    return 0.5f + static_cast<float>(kv::MixContent(history, 1000 + table) % 1500) / 1000;
+  }
+
+  // For the blocks that the spans reach; earlier ones have theirs, or take them along with a prefix or a fork.
+  void SetScales(const std::vector<RowSpan>& spans) {
+    for (const RowSpan& span : spans) {
+      if (!shape_.scaled) return;
+      const std::vector<uint64_t> histories = kv::Histories(domains_[span.sequence], cache_->tokens(span.sequence));
+      const auto blocks = cache_->blocks(span.sequence);
+      for (size_t i = 0; i < blocks.size(); ++i) {
+        if (blocks[i].start + blocks[i].tokens <= span.position) continue;
+        for (int table = 0; table < cache_->shape().n_tables(); ++table)
+          cache_->SetScale(span.sequence, table, static_cast<int>(i), Scale(histories[blocks[i].start], table));
+      }
+    }
+  }
 
   int n_pairs() const { return shape_.head_dim / 2; }
 
@@ -158,8 +185,8 @@ class World {
     }
   }
 
-  // K and V of positions [first, end). In f32 from the activations; in other codecs what the store holds of them, which
-  // must be the activations rounded.
+  // K and V of positions [first, end), times their scales. In f32 from the activations; in other codecs what the store
+  // holds of them, which must be the activations rounded.
   std::vector<Token> LoadTokens(const RowSpan& span, const std::vector<uint64_t>& histories, int layer, int first,
                                 int end) {
     const int head_dim = shape_.head_dim;
@@ -171,6 +198,7 @@ class World {
       for (int position = std::max(first, block.start); position < std::min<int>(end, block.start + block.tokens);
            ++position) {
         Token& token = tokens[position];
+        const auto scale = [&](kv::Kind kind) { return Scale(histories[block.start], kv::TableIndex(layer, kind)); };
         const std::vector<float>& qkv = Qkv(histories[position], layer);
         for (int head = 0; head < shape_.n_kv_heads; ++head) {
           std::vector<double> k = PairOrder(qkv.data() + heads_.d_q() + head * head_dim,
@@ -179,9 +207,9 @@ class World {
           token.k.insert(token.k.end(), k.begin(), k.end());
         }
         token.v.assign(qkv.end() - heads_.d_kv(), qkv.end());
-        if (shape_.codec == codec::Codec::kF32) continue;
         const double unit = shape_.codec == codec::Codec::kBf16 ? dense::kBf16Unit : 0x1p-11;
         for (const kv::Kind kind : {kv::Kind::kK, kv::Kind::kV}) {
+          if (shape_.codec == codec::Codec::kF32) break;
           const std::byte* data = cache_->data(cache_->table(span.sequence, layer, kind)[index]);
           codec::LoadToken(layout, kind, data, block.cap, position - block.start, stored);
           std::vector<double>& values = kind == kv::Kind::kK ? token.k : token.v;
@@ -192,7 +220,7 @@ class World {
           }
           if (kind == kv::Kind::kK) {
             for (int head = 0; head < shape_.n_kv_heads; ++head)
-              Rotate(stored_.data() + head * head_dim, block.start, 1);
+              Rotate(stored_.data() + head * head_dim, shape_.absolute_keys ? 0 : block.start, 1);
           }
           for (int i = 0; i < heads_.d_kv(); ++i) {
             const int other = i % head_dim < n_pairs() ? i + n_pairs() : i - n_pairs();
@@ -204,6 +232,8 @@ class World {
           }
           values.assign(stored_.begin(), stored_.begin() + heads_.d_kv());
         }
+        for (double& value : token.k) value *= scale(kv::Kind::kK);
+        for (double& value : token.v) value *= scale(kv::Kind::kV);
       }
     }
     return tokens;

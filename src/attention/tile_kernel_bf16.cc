@@ -33,6 +33,7 @@ struct Scratch {
     total = reinterpret_cast<float*>(take(static_cast<size_t>(queries) * 4));
     scores = reinterpret_cast<float*>(take(static_cast<size_t>(kRows) * kTileKeys * 4));
     weights = reinterpret_cast<uint16_t*>(take(static_cast<size_t>(kRows) * kTileKeys * 2));
+    v_scale = reinterpret_cast<float*>(take(static_cast<size_t>(kTileKeys) * 4));
   }
 
   uint32_t* q;        // (queries, pairs rounded up to 16) rotated bf16 pairs
@@ -43,19 +44,21 @@ struct Scratch {
   float* total;       // (queries)
   float* scores;      // (kRows, kTileKeys)
   uint16_t* weights;  // (kRows, kTileKeys) bf16
+  float* v_scale;     // (kTileKeys), where values have scales
 };
 
-// Keys of one block, rotated by the block's start, into tile columns [at, at + tokens).
+// Keys of one block, rotated on from the block's base and scaled, into tile columns [at, at + tokens).
 void GatherKeys(const TileArgs& args, int index, uint32_t* k, int at) {
   const kv::LogicalBlock& block = args.run.blocks[index];
   const std::byte* source = args.run.Head(args.run.k, index);
   const int n_pairs = args.run.layout->head_dim / 2;
-  const float* cos = args.rope->cos(block.start);
-  const float* sin = args.rope->sin(block.start);
+  const float* cos = args.rope->cos(block.base);
+  const float* sin = args.rope->sin(block.base);
+  const float scale = args.run.KScale(index);
   const __m512i high_mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int pair = 0; pair < n_pairs; ++pair) {
-    const __m512 c = _mm512_set1_ps(cos[pair]);
-    const __m512 s = _mm512_set1_ps(sin[pair]);
+    const __m512 c = _mm512_set1_ps(scale * cos[pair]);
+    const __m512 s = _mm512_set1_ps(scale * sin[pair]);
     for (int token = 0; token < block.tokens; token += 16) {
       const __mmask16 mask = LaneMask(block.tokens - token);
       const __m512i raw =
@@ -145,10 +148,11 @@ void ValueStep(const uint16_t* weights, const float* correction, const uint32_t*
   }
 }
 
-// Masks one row's scores of keys [0, width) at positions from first_key on, turns them into weights, and returns the
-// factor by which its earlier sums shrink (online softmax, Milakov and Gimelshein 2018).
-float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible, int end_visible, float& max,
-                 float& total) {
+// Masks one row's scores of keys [0, width) at positions from first_key on, turns them into weights, scaled as their
+// values are, and returns the factor by which its earlier sums shrink (online softmax, Milakov and Gimelshein 2018).
+template <bool kScaled>
+float SoftmaxRow(float* scores, uint16_t* weights, const float* v_scale, int width, int first_visible, int end_visible,
+                 float& max, float& total) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 unseen = _mm512_set1_ps(kUnseen);
   __m512 largest = unseen;
@@ -169,8 +173,9 @@ float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible,
   const float shift = max == kUnseen ? 0.0f : max;
   __m512 sum = _mm512_setzero_ps();
   for (int i = 0; i < width; i += 16) {
-    const __m512 weight = Exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(shift)));
+    __m512 weight = Exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(shift)));
     sum = _mm512_add_ps(sum, weight);
+    if (kScaled) weight = _mm512_mul_ps(weight, _mm512_loadu_ps(v_scale + i));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
   }
   const float correction = _mm512_cvtss_f32(Exp2(_mm512_set1_ps(old_max - shift)));
@@ -179,6 +184,7 @@ float SoftmaxRow(float* scores, uint16_t* weights, int width, int first_visible,
 }
 
 // All query rows against the `keys` keys of the present tile, the first of which stands at position first_key.
+template <bool kScaled>
 void AttendTile(const TileArgs& args, const Scratch& scratch, int queries, int first_key, int keys) {
   const int head_dim = args.run.layout->head_dim;
   const int n_pairs = head_dim / 2;
@@ -198,8 +204,9 @@ void AttendTile(const TileArgs& args, const Scratch& scratch, int queries, int f
       const int position = args.position + (row + r) / args.group;
       const int begin = args.window == 0 ? 0 : position - args.window + 1 - first_key;
       const int end = std::min(keys, position + 1 - first_key);
-      correction[r] = SoftmaxRow(scratch.scores + r * kTileKeys, scratch.weights + r * kTileKeys, width, begin, end,
-                                 scratch.max[row + r], scratch.total[row + r]);
+      correction[r] =
+          SoftmaxRow<kScaled>(scratch.scores + r * kTileKeys, scratch.weights + r * kTileKeys, scratch.v_scale, width,
+                              begin, end, scratch.max[row + r], scratch.total[row + r]);
     }
     float* sums = scratch.sums + static_cast<ptrdiff_t>(row) * head_dim;
     const int token_pairs = (visible + 1) / 2;
@@ -251,12 +258,14 @@ void TileAttentionBf16(const TileArgs& args) {
                     scratch.q + (row * args.group + g) * q_stride);
     }
   }
+  const bool scaled = args.run.v_scale != nullptr;
   for (int index = args.first; index < args.last;) {
     const int first_key = args.run.blocks[index].start;
     int keys = 0;
     for (; index < args.last && keys + args.run.blocks[index].tokens <= kTileKeys; ++index) {
       GatherKeys(args, index, scratch.k, keys);
       GatherValues(args, index, scratch.v, keys);
+      if (scaled) std::fill_n(scratch.v_scale + keys, args.run.blocks[index].tokens, args.run.v_scale[index]);
       keys += args.run.blocks[index].tokens;
     }
     // A register tile may reach past the last key: scores there are masked, but must be finite to be harmless.
@@ -264,7 +273,9 @@ void TileAttentionBf16(const TileArgs& args) {
       std::fill(scratch.k + pair * kTileKeys + keys,
                 scratch.k + pair * kTileKeys + std::min(kTileKeys, RoundUp(keys, kKeyStep)), 0u);
     }
-    AttendTile(args, scratch, queries, first_key, keys);
+    // Keys past the last have a weight of zero, so their scales must be finite as well.
+    if (scaled) std::fill(scratch.v_scale + keys, scratch.v_scale + RoundUp(keys, 16), 0.0f);
+    (scaled ? AttendTile<true> : AttendTile<false>)(args, scratch, queries, first_key, keys);
   }
   WriteOut(args, scratch);
 }

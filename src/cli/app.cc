@@ -22,6 +22,8 @@ int Main(int argc, char** argv) {
   AddInspect(app, run);
   AddBench(app, run);
   AddDemo(app, run);
+  AddEval(app, run);
+  AddAnalyze(app, run);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -14,6 +14,8 @@ void AddChat(CLI::App& app, Command& run);
 void AddInspect(CLI::App& app, Command& run);
 void AddBench(CLI::App& app, Command& run);
 void AddDemo(CLI::App& app, Command& run);
+void AddEval(CLI::App& app, Command& run);
+void AddAnalyze(CLI::App& app, Command& run);
 
 // Version, build, CPU targets and dependencies, one a line.
 std::string VersionText();

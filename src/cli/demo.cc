@@ -8,8 +8,8 @@
 #include "cli/batch.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
-#include "cli/rag_pool.h"
 #include "cli/terminal.h"
+#include "cli/workloads.h"
 #include "text/chat_template.h"
 
 namespace jointkv::cli {
@@ -17,45 +17,32 @@ namespace {
 
 struct DemoFlags {
   engine::EngineOptions engine;
-  int requests = 16;
-  int pool = 20;
-  int documents = 8;
+  WorkloadOptions workload;  // rag-pool
   int output_tokens = 64;
   uint64_t seed = 1;
-  std::string docs_path;
   std::string summary_path;
 };
 
-Status SubmitAll(const DemoFlags& flags, const std::vector<Document>& pool, engine::Engine& engine, Batch& batch) {
+Status SubmitAll(const DemoFlags& flags, const WorkloadMaker& maker, engine::Engine& engine, Batch& batch) {
   ASSIGN_OR_RETURN(const auto chat_template, text::ChatTemplate::Create(engine.tokenizer()));
   if (!chat_template->warning().empty()) Complain(chat_template->warning());
-  std::mt19937_64 random(flags.seed);
-  for (int i = 0; i < flags.requests; ++i) {
+  size_t index = 0;
+  for (const WorkloadRequest& drawn : maker.Draw(flags.seed)) {
     engine::Request request;
-    ASSIGN_OR_RETURN(request.prompt, chat_template->EncodeChat(RagPrompt(pool, flags.documents, random)));
+    ASSIGN_OR_RETURN(request.prompt, chat_template->EncodeChat(drawn.messages));
     request.sampling.temperature = 0;
     request.sampling.ignore_eos = true;
     request.sampling.max_tokens = flags.output_tokens;
-    RETURN_IF_ERROR(batch.Submit(static_cast<size_t>(i), std::move(request)));
+    RETURN_IF_ERROR(batch.Submit(index++, std::move(request)));
   }
   return Status::Ok();
 }
 
 int RunDemo(const DemoFlags& flags) {
-  if (flags.documents > flags.pool) {
-    Complain(fmt::format("--documents {}: more than the pool of {}", flags.documents, flags.pool));
+  const Expected<WorkloadMaker> maker = WorkloadMaker::Create(flags.workload);
+  if (!maker.ok()) {
+    Complain(maker.status().message());
     return kExitUsage;
-  }
-  std::vector<Document> pool;
-  if (flags.docs_path.empty()) {
-    pool = MakeUpDocuments(flags.pool, flags.seed);
-  } else {
-    Expected<std::vector<Document>> read = ReadDocuments(flags.docs_path, flags.pool);
-    if (!read.ok()) {
-      Complain("--docs " + read.status().message());
-      return kExitUsage;
-    }
-    pool = std::move(read).value();
   }
   int exit_code = kExitOk;
   const auto engine = LoadEngine(flags.engine, exit_code);
@@ -64,11 +51,11 @@ int RunDemo(const DemoFlags& flags) {
   fmt::print(
       "{} prompts, each a question about one of {} documents in random order, from a pool of {}; {} output tokens "
       "each\n",
-      flags.requests, flags.documents, flags.pool, flags.output_tokens);
+      flags.workload.requests, flags.workload.documents, flags.workload.pool, flags.output_tokens);
   std::fflush(stdout);
   ArmInterrupt();
   Batch batch(*engine);
-  if (const Status status = SubmitAll(flags, pool, *engine, batch); !status.ok()) {
+  if (const Status status = SubmitAll(flags, *maker, *engine, batch); !status.ok()) {
     Complain(status.message());
     return kExitFailed;
   }
@@ -91,15 +78,15 @@ int RunDemo(const DemoFlags& flags) {
 void AddDemo(CLI::App& app, Command& run) {
   const auto flags = std::make_shared<DemoFlags>();
   CLI::App* command = app.add_subcommand("demo", "a finite batch of prompts over shared documents, and what it took");
-  const auto number = [command](const char* flag, int& value, int max, const char* help) {
+  const auto number = [command](const char* flag, auto& value, int max, const char* help) {
     command->add_option(flag, value, help)->check(CLI::Range(1, max))->type_name("N")->capture_default_str();
   };
-  number("--requests", flags->requests, 1 << 16, "prompts");
-  number("--pool", flags->pool, 1 << 16, "documents that prompts draw from");
-  number("--documents", flags->documents, 1 << 10, "documents in each prompt");
+  number("--requests", flags->workload.requests, 1 << 16, "prompts");
+  number("--pool", flags->workload.pool, 1 << 16, "documents that prompts draw from");
+  number("--documents", flags->workload.documents, 1 << 10, "documents in each prompt");
   number("--output-tokens", flags->output_tokens, 1 << 16, "of each prompt");
   command->add_option("--seed", flags->seed, "of the documents and their order")->capture_default_str();
-  command->add_option("--docs", flags->docs_path, "real documents: fields title, text, question")
+  command->add_option("--docs", flags->workload.docs_path, "real documents: fields title, text, question, answers")
       ->type_name("FILE.jsonl");
   command->add_option("--summary", flags->summary_path, "write the summary as JSON; - for standard output")
       ->type_name("FILE");

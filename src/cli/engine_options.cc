@@ -59,9 +59,45 @@ Status CheckModelFile(const std::string& path) {
                                      "JOINTKV_MODEL"};
 }
 
+void AddFusionScopeFlags(CLI::App& app, joint::FusionOptions& fusion) {
+  app.add_flag("--similarity", fusion.similarity,
+               "bounded: also try blocks with other tokens, found by the likeness of their values");
+  const auto choose = [&fusion](const std::string& text) {
+    fusion.across_requests = text != "cff";
+    fusion.across_chunks = text != "bff";
+  };
+  app.add_option_function<std::string>("--cosine-scope", choose,
+                                       "cosine: fuse blocks of different requests (bff), of one prompt (cff), or both")
+      ->check(CLI::IsMember({"bff", "cff", "both"}).description(""))
+      ->type_name("bff|cff|both")
+      ->default_str("both");
+}
+
 void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
-  using dense::Precision;
-  using dense::WeightsMemory;
+  using joint::Policy;
+  AddEngineFlagsButKv(app, options);
+  AddChoice<std::optional<codec::Codec>>(
+      app, "--kv-type", options.kv_type,
+      {{"bf16", codec::Codec::kBf16}, {"f16", codec::Codec::kF16}, {"f32", codec::Codec::kF32}},
+      "bf16, f32 for an f32 model", "how keys and values are stored");
+  AddChoice<Policy>(app, "--kv-fusion", options.fusion.policy,
+                    {{"off", Policy::kOff}, {"bounded", Policy::kBounded}, {"cosine", Policy::kCosine}},
+                    joint::PolicyName(options.fusion.policy),
+                    "which KV blocks are stored once. off: equal prefixes only; bounded: equal text within an error "
+                    "budget; cosine: keys that point alike (arXiv 2601.03067), no bound on the error");
+  const auto share = [&app](const char* flag, float& value, const char* help) {
+    app.add_option(flag, value, help)
+        ->check(CLI::Range(1e-6F, 1.0F))
+        ->type_name("0..1")
+        ->default_str(fmt::format("{}", value));
+  };
+  share("--kv-budget", options.fusion.budget,
+        "bounded: largest squared error of a block's K or V, relative to their energy");
+  share("--kv-threshold", options.fusion.threshold, "cosine: least cosine of two key blocks");
+  AddFusionScopeFlags(app, options.fusion);
+}
+
+void AddModelFlags(CLI::App& app, engine::EngineOptions& options) {
   options.model_path = DefaultModelPath();
   app.add_option("-m,--model", options.model_path, "GGUF model file")->type_name("MODEL")->capture_default_str();
   app.add_option("--threads", options.threads, "compute threads; 0: one per core")
@@ -77,10 +113,12 @@ void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
   app.add_option_function<std::string>("--kv-bytes", parse_size, "cap of the KV arena: 512M, 2G")
       ->type_name("SIZE")
       ->default_str("1/3 of free memory");
-  AddChoice<std::optional<codec::Codec>>(
-      app, "--kv-type", options.kv_type,
-      {{"bf16", codec::Codec::kBf16}, {"f16", codec::Codec::kF16}, {"f32", codec::Codec::kF32}},
-      "bf16, f32 for an f32 model", "how keys and values are stored");
+}
+
+void AddEngineFlagsButKv(CLI::App& app, engine::EngineOptions& options) {
+  using dense::Precision;
+  using dense::WeightsMemory;
+  AddModelFlags(app, options);
   app.add_option("--max-running", options.max_running, "sequences computed at once")
       ->check(CLI::Range(1, 4096))
       ->type_name("N")
@@ -111,6 +149,15 @@ void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
       "--no-prefix-cache", [&options] { options.prefix_cache = false; }, "do not share equal prefixes of prompts");
 }
 
+std::function<void(int done, int total)> LoadProgress(ProgressLine& line) {
+  return [&line](int done, int total) {
+    if (!line.due() || total <= 0) return;
+    constexpr int kWidth = 30;
+    const int filled = done * kWidth / total;
+    line.Show(fmt::format("loading [{:<{}}] {}/{} layers", std::string(filled, '#'), kWidth, done, total));
+  };
+}
+
 std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& exit_code) {
   if (const Status status = CheckModelFile(options.model_path); !status.ok()) {
     Complain(status.message());
@@ -122,13 +169,8 @@ std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& e
     exit_code = kExitUsage;
     return nullptr;
   }
-  ProgressLine progress;
-  options.load_progress = [&progress](int done, int total) {
-    if (!progress.due() || total <= 0) return;
-    constexpr int kWidth = 30;
-    const int filled = done * kWidth / total;
-    progress.Show(fmt::format("loading [{:<{}}] {}/{} layers", std::string(filled, '#'), kWidth, done, total));
-  };
+  ProgressLine line;
+  options.load_progress = LoadProgress(line);
   Expected<std::unique_ptr<engine::Engine>> engine = engine::Engine::Create(options);
   if (!engine.ok()) {
     Complain(engine.status().message());

@@ -191,6 +191,7 @@ void Generate::Refuse(const std::string& where, const std::string& id, size_t in
 Expected<engine::Request> Generate::RequestOf(Prompt& prompt) const {
   engine::Request request;
   request.sampling = std::move(prompt.sampling);
+  request.kv_fusion = prompt.kv_fusion;
   if (auto* tokens = std::get_if<std::vector<TokenId>>(&prompt.content)) {
     request.prompt = std::move(*tokens);
     return request;

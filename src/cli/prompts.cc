@@ -60,6 +60,12 @@ bool Bool(const Json& value, const std::string& field) {
   return value.get<bool>();
 }
 
+bool Switch(const Json& value, const std::string& field) {
+  if (value.is_boolean()) return value.get<bool>();
+  if (value == "on" || value == "off") return value == "on";
+  Fail(field, "expected true, false, \"on\" or \"off\"");
+}
+
 const Json& Array(const Json& value, const std::string& field, size_t size_max) {
   if (!value.is_array()) Fail(field, std::string("expected an array, got ") + value.type_name());
   if (value.size() > size_max) {
@@ -240,6 +246,7 @@ void CheckFields(const Json& row) {
                                                             "max_completion_tokens",
                                                             "logprobs",
                                                             "ignore_eos",
+                                                            "kv_fusion",
                                                             "stop_token_ids",
                                                             "top_logprobs",
                                                             "model",
@@ -271,6 +278,7 @@ Prompt PromptOf(const Json& row, const engine::SamplingParams& defaults, const P
     prompt.content = Tokens(*tokens, "tokens", limits.line_bytes_max);
   }
   prompt.sampling = SamplingOf(row, defaults);
+  if (const Json* fusion = Find(row, "kv_fusion")) prompt.kv_fusion = Switch(*fusion, "kv_fusion");
   return prompt;
 }
 

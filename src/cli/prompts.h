@@ -35,6 +35,7 @@ struct Prompt {
   std::string id;  // as given, or empty
   std::variant<std::string, Conversation, std::vector<TokenId>> content;
   engine::SamplingParams sampling;
+  bool kv_fusion = true;  // "kv_fusion": true, false, "on" or "off"
 };
 
 // Fails with kInvalidArgument (not JSON, unknown field, wrong type) or kOutOfRange, naming the field.

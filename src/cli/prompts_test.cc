@@ -92,6 +92,13 @@ TEST(ParsePromptTest, LogprobsAlsoAsTheNumberOfTheCompletionsApi) {
   EXPECT_EQ(Parse(R"({"prompt": "a", "logprobs": false})")->sampling.logprobs, -1);
 }
 
+TEST(ParsePromptTest, FusionCanBeSwitchedOff) {
+  EXPECT_TRUE(Parse(R"({"prompt": "a"})")->kv_fusion);
+  EXPECT_TRUE(Parse(R"({"prompt": "a", "kv_fusion": "on"})")->kv_fusion);
+  EXPECT_FALSE(Parse(R"({"prompt": "a", "kv_fusion": "off"})")->kv_fusion);
+  EXPECT_FALSE(Parse(R"({"prompt": "a", "kv_fusion": false})")->kv_fusion);
+}
+
 struct BadRow {
   std::string line;
   std::string message;  // a part of it
@@ -122,6 +129,8 @@ TEST(ParsePromptTest, BadRowsNameTheField) {
       {R"({"prompt": "a", "temperature": "hot"})", "temperature: expected a number"},
       {R"({"prompt": "a", "temperature": 1e300})", "temperature: 1e+300 is too large"},
       {R"({"prompt": "a", "ignore_eos": 1})", "ignore_eos: expected true or false"},
+      {R"({"prompt": "a", "kv_fusion": "perhaps"})", "kv_fusion: expected true, false"},
+      {R"({"prompt": "a", "kv_fusion": 0})", "kv_fusion: expected true, false"},
       {R"({"prompt": "a", "seed": 1.5})", "seed: expected a whole number"},
       {R"({"prompt": "a", "stop": [1]})", "stop[0]: expected a string"},
       {R"({"prompt": "a", "stop": {}})", "stop: expected an array"},

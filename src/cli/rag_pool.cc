@@ -18,6 +18,7 @@ namespace jointkv::cli {
 namespace {
 
 constexpr size_t kLineBytesMax = 1 << 20;
+constexpr size_t kRowsMax = 1 << 16;
 
 constexpr std::array<std::string_view, 24> kPlaces = {
     "Alder Bay",   "Brookfield", "Cedar Point", "Dunmore",   "Eastwick",  "Fairhaven", "Glenrock", "Harlow",
@@ -66,15 +67,6 @@ std::string Sentence(const std::string& place, const std::string& thing, std::mt
 
 int Words(const std::string& text) { return static_cast<int>(std::ranges::count(text, ' ')) + 1; }
 
-// The next k of [0, n) in random order.
-std::vector<size_t> Draw(size_t n, size_t k, std::mt19937_64& random) {
-  std::vector<size_t> order(n);
-  std::iota(order.begin(), order.end(), size_t{0});
-  for (size_t i = 0; i < k; ++i) std::swap(order[i], order[i + random() % (n - i)]);
-  order.resize(k);
-  return order;
-}
-
 Expected<Document> ParseDocument(const std::string& line) {
   if (line.size() > kLineBytesMax)
     return Status(StatusCode::kOutOfRange, "more than " + std::to_string(kLineBytesMax) + " bytes");
@@ -88,6 +80,12 @@ Expected<Document> ParseDocument(const std::string& line) {
     if (found == row.end() || !found->is_string())
       return Status(StatusCode::kInvalidArgument, std::string(key) + ": expected a string");
     *target = found->get<std::string>();
+  }
+  if (const auto answers = row.find("answers"); answers != row.end()) {
+    const bool strings =
+        answers->is_array() && std::ranges::all_of(*answers, [](const auto& a) { return a.is_string(); });
+    if (!strings) return Status(StatusCode::kInvalidArgument, "answers: expected an array of strings");
+    document.answers = answers->get<std::vector<std::string>>();
   }
   return document;
 }
@@ -103,7 +101,9 @@ std::vector<Document> MakeUpDocuments(int count, uint64_t seed) {
     const std::string thing = Pick(kThings, random);
     Document document;
     document.title = fmt::format("The {} of {}", thing, place);
-    document.text = fmt::format("{} is a {} place.", document.title, Pick(kAdjectives, random));
+    const std::string adjective = Pick(kAdjectives, random);
+    document.text = fmt::format("{} is a {} place.", document.title, adjective);
+    document.answers = {fmt::format("a {} place", adjective)};
     while (Words(document.text) < kWords) document.text += Sentence(place, thing, random);
     document.question = fmt::format("What is known about the {} of {}?", thing, place);
     documents.push_back(std::move(document));
@@ -111,10 +111,14 @@ std::vector<Document> MakeUpDocuments(int count, uint64_t seed) {
   return documents;
 }
 
-Expected<std::vector<Document>> ReadDocuments(const std::string& path, int count) {
+Expected<std::vector<Document>> ReadDocuments(const std::string& path, size_t least) {
   std::vector<Document> documents;
   Status bad;
   const Status read = ReadLines(path, kLineBytesMax, [&](int number, const std::string& line) {
+    if (documents.size() == kRowsMax) {
+      bad = Status(StatusCode::kOutOfRange, "'" + path + "' has more than " + std::to_string(kRowsMax) + " rows");
+      return false;
+    }
     Expected<Document> document = ParseDocument(line);
     if (!document.ok()) {
       const Status status = document.status();
@@ -122,26 +126,44 @@ Expected<std::vector<Document>> ReadDocuments(const std::string& path, int count
       return false;
     }
     documents.push_back(std::move(document).value());
-    return static_cast<int>(documents.size()) < count;
+    return true;
   });
   RETURN_IF_ERROR(read);
   RETURN_IF_ERROR(bad);
-  if (static_cast<int>(documents.size()) < count) {
-    return Status(StatusCode::kOutOfRange, "'" + path + "' has " + std::to_string(documents.size()) +
-                                               " documents, the pool needs " + std::to_string(count));
+  if (documents.size() < least) {
+    return Status(StatusCode::kOutOfRange, "'" + path + "' has " + std::to_string(documents.size()) + " documents, " +
+                                               std::to_string(least) + " are needed");
   }
   return documents;
 }
 
-std::vector<text::ChatMessage> RagPrompt(const std::vector<Document>& documents, int per_prompt,
-                                         std::mt19937_64& random) {
-  CHECK(per_prompt >= 1 && static_cast<size_t>(per_prompt) <= documents.size());
-  const std::vector<size_t> drawn = Draw(documents.size(), static_cast<size_t>(per_prompt), random);
+std::vector<size_t> DrawOrder(size_t n, size_t k, std::mt19937_64& random) {
+  CHECK(k <= n);
+  std::vector<size_t> order(n);
+  std::iota(order.begin(), order.end(), size_t{0});
+  for (size_t i = 0; i < k; ++i) std::swap(order[i], order[i + random() % (n - i)]);
+  order.resize(k);
+  return order;
+}
+
+RagPrompt MakeRagPrompt(const std::vector<Document>& documents, std::vector<size_t> drawn, size_t asked) {
+  CHECK(asked < drawn.size());
   std::string content;
-  for (const size_t index : drawn)
+  for (const size_t index : drawn) {
+    CHECK(index < documents.size());
     content += "Document: " + documents[index].title + "\n" + documents[index].text + "\n\n";
-  content += "Question: " + documents[drawn[random() % drawn.size()]].question;
-  return {{"system", "Answer the question in a few words, from the documents."}, {"user", content}};
+  }
+  content += "Question: " + documents[drawn[asked]].question;
+  return {{{"system", "Answer the question in a few words, from the documents."}, {"user", content}},
+          std::move(drawn),
+          asked};
+}
+
+RagPrompt DrawRagPrompt(const std::vector<Document>& documents, size_t per_prompt, std::mt19937_64& random) {
+  CHECK(per_prompt >= 1);
+  std::vector<size_t> drawn = DrawOrder(documents.size(), per_prompt, random);
+  const size_t asked = random() % drawn.size();
+  return MakeRagPrompt(documents, std::move(drawn), asked);
 }
 
 }  // namespace jointkv::cli

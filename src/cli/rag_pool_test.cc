@@ -35,7 +35,8 @@ TEST(RagPoolTest, PromptHoldsEachDrawnDocumentOnce) {
   }
   std::mt19937_64 random(1);
   for (int repeat = 0; repeat < 50; ++repeat) {
-    const auto messages = RagPrompt(documents, 3, random);
+    const RagPrompt prompt = DrawRagPrompt(documents, 3, random);
+    const auto& messages = prompt.messages;
     ASSERT_EQ(messages.size(), 2U);
     EXPECT_EQ(messages[0].role, "system");
     int held = 0;
@@ -50,19 +51,37 @@ TEST(RagPoolTest, PromptHoldsEachDrawnDocumentOnce) {
       EXPECT_EQ(messages[1].content.find(text, first + 1), std::string::npos);
     }
     EXPECT_EQ(held, 3);
+    ASSERT_LT(prompt.asked, prompt.documents.size());
+    const Document& asked = documents[prompt.documents[prompt.asked]];
+    EXPECT_TRUE(messages[1].content.ends_with("Question: " + asked.question));
+  }
+}
+
+TEST(RagPoolTest, MadeUpAnswersStandInTheirText) {
+  for (const Document& document : MakeUpDocuments(20, 3)) {
+    ASSERT_EQ(document.answers.size(), 1U);
+    EXPECT_NE(document.text.find(document.answers[0]), std::string::npos);
   }
 }
 
 TEST(RagPoolTest, ReadsDocumentsAndNamesTheBadLine) {
   const std::string path = testing::TempDir() + "rag_pool_test." + std::to_string(getpid()) + ".jsonl";
-  std::ofstream(path) << R"({"title": "T", "text": "X", "question": "Q", "answers": ["A"]})"
-                      << "\n\n{\"title\": 1}\n";
+  const auto message = [&](const std::string& text) {
+    std::ofstream(path) << text;
+    return ReadDocuments(path, 1).status().message();
+  };
+  const std::string good = R"({"title": "T", "text": "X", "question": "Q", "answers": ["A", "B"]})";
+  EXPECT_EQ(message(good + "\n\n"), "");
   const Expected<std::vector<Document>> one = ReadDocuments(path, 1);
   ASSERT_TRUE(one.ok()) << one.status().message();
   EXPECT_EQ((*one)[0].question, "Q");
-  EXPECT_EQ(ReadDocuments(path, 2).status().message(), path + ":3: title: expected a string");
-  std::ofstream(path) << "\n";
+  EXPECT_EQ((*one)[0].answers, (std::vector<std::string>{"A", "B"}));
   EXPECT_EQ(ReadDocuments(path, 2).status().code(), StatusCode::kOutOfRange);
+  EXPECT_EQ(message(good + "\n\n{\"title\": 1}\n"), path + ":3: title: expected a string");
+  EXPECT_EQ(message(R"({"title": "T", "text": "X", "question": "Q", "answers": "A"})"),
+            path + ":1: answers: expected an array of strings");
+  EXPECT_EQ(message(R"({"title": "T", "text": "X", "question": "Q", "answers": [1]})"),
+            path + ":1: answers: expected an array of strings");
   std::filesystem::remove(path);
   EXPECT_EQ(ReadDocuments(path, 1).status().code(), StatusCode::kNotFound);
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "base/bytes.h"
+#include "cli/terminal.h"
 
 namespace jointkv::cli {
 namespace {
@@ -113,6 +114,17 @@ Status WriteTextFile(const std::string& path, const std::string& text) {
   written = (path == "-" ? std::fflush(file) : std::fclose(file)) == 0 && written;
   if (!written) return {StatusCode::kIo, "'" + path + "': " + std::strerror(errno)};
   return Status::Ok();
+}
+
+int WriteResults(const std::string& json_path, const nlohmann::ordered_json& json, const std::string& plot_path,
+                 const std::string& svg) {
+  const auto write = [](const char* flag, const std::string& path, const std::string& text) {
+    const Status status = path.empty() ? Status::Ok() : WriteTextFile(path, text);
+    if (!status.ok()) Complain(std::string(flag) + " " + status.message());
+    return status.ok();
+  };
+  const bool written = write("--json", json_path, json.dump(2) + "\n");
+  return write("--plot", plot_path, svg) && written ? kExitOk : kExitFailed;
 }
 
 }  // namespace jointkv::cli

@@ -63,5 +63,8 @@ std::string ToTable(const Summary& summary);
 
 // "-" is standard output.
 Status WriteTextFile(const std::string& path, const std::string& text);
+// What --json and --plot ask for; empty paths are left out. Complains when a file cannot be written. The exit code.
+int WriteResults(const std::string& json_path, const nlohmann::ordered_json& json, const std::string& plot_path,
+                 const std::string& svg);
 
 }  // namespace jointkv::cli

@@ -99,6 +99,7 @@ class AllocationTest : public testing::TestWithParam<const char*> {
 TEST_P(AllocationTest, NoneInASteadyDecodeStep) {
   EngineOptions options = Options();
   options.prefix_cache = false;
+  options.fusion.policy = joint::Policy::kOff;
   const std::vector<long> counts = CountSteps(options, 16, 60, 10, 100);
   EXPECT_EQ(counts, std::vector<long>(100, 0));
 }

@@ -53,7 +53,9 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   Event event;
   event.request = request.id;
   event.choice = sequence.choice;
-  const TokenId token = sequence.sampler->Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr);
+  TokenId token = sequence.sampler->Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr);
+  const auto& forced = request.request.forced;
+  if (static_cast<size_t>(sequence.output_tokens) < forced.size()) token = forced[sequence.output_tokens];
   if (token == Sampler::kNoToken) {
     EndSequence(sequence, FinishReason::kError,
                 Status(StatusCode::kInternal, "request: the model gave no finite logit"), events);

@@ -20,6 +20,26 @@ const char* FinishReasonName(FinishReason reason) {
   return "?";
 }
 
+namespace {
+
+Status ResolveFusion(EngineOptions& options) {
+  joint::FusionOptions& fusion = options.fusion;
+  if (options.deterministic) {
+    // What a block is fused with depends on what else runs.
+    fusion.policy = joint::Policy::kOff;
+  }
+  if (fusion.policy == joint::Policy::kBounded && !(fusion.budget > 0 && fusion.budget <= 1)) {
+    return {StatusCode::kOutOfRange, "kv-budget " + std::to_string(fusion.budget) + ": must be more than 0, at most 1"};
+  }
+  if (fusion.policy == joint::Policy::kCosine && !(fusion.threshold > 0 && fusion.threshold <= 1)) {
+    return {StatusCode::kOutOfRange,
+            "kv-threshold " + std::to_string(fusion.threshold) + ": must be more than 0, at most 1"};
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
 Engine::Engine(const EngineOptions& options) : options_(options) {}
 Engine::~Engine() = default;
 
@@ -37,6 +57,7 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
     return Status(StatusCode::kOutOfRange,
                   "step-tokens " + std::to_string(options.step_tokens) + ": must be 1 to 16384");
   }
+  RETURN_IF_ERROR(ResolveFusion(engine->options_));
   engine->pool_ = std::make_unique<ThreadPool>(threads);
   ASSIGN_OR_RETURN(gguf::GgufFile file, gguf::GgufFile::Open(options.model_path));
   engine->file_ = std::make_unique<gguf::GgufFile>(std::move(file));
@@ -77,6 +98,12 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   ASSIGN_OR_RETURN(engine->cache_, kv::KvCache::Create(engine->model_->CacheShape(codec),
                                                        kv::BlockCutter(std::move(ends_block)), kv_options));
   engine->model_->Bind(*engine->cache_);
+  std::vector<const dense::RopeTable*> rope;
+  for (int layer = 0; layer < engine->cache_->shape().n_layers(); ++layer) {
+    rope.push_back(&engine->model_->RopeOfLayer(layer));
+  }
+  engine->fusion_ = std::make_unique<joint::Fusion>(engine->options_.fusion, options.kv_rounding, std::move(rope),
+                                                    *engine->cache_, *engine->pool_);
 
   const int n_vocab = engine->model_->n_vocab();
   engine->logits_ = HugeBuffer(static_cast<size_t>(options.max_running) * n_vocab * sizeof(float));
@@ -195,7 +222,7 @@ void Engine::Forward() {
   const models::StepInput input = {step_tokens_, step_spans_, logit_rows_};
   model_->Forward(input, *cache_, reinterpret_cast<float*>(logits_.data()));
   for (const PlannedSpan& planned : planned_) {
-    cache_->Commit(planned.span.sequence);
+    fusion_->OnSealed(planned.span.sequence, cache_->Commit(planned.span.sequence));
     planned.sequence->computed += planned.span.rows;
   }
 }

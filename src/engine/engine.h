@@ -17,6 +17,7 @@
 #include "base/thread_pool.h"
 #include "engine/request.h"
 #include "gguf/gguf_file.h"
+#include "joint/fusion.h"
 #include "kv/kv_cache.h"
 #include "models/model.h"
 #include "text/tokenizer.h"
@@ -29,9 +30,11 @@ struct EngineOptions {
   size_t kv_bytes = 0;                  // 0: a third of the memory that is free after loading
   std::optional<codec::Codec> kv_type;  // none: f32 for an f32 model, else bf16
   bool prefix_cache = true;
-  int max_running = 64;   // sequences decoding or prefilling at once
-  int step_tokens = 512;  // rows of one step
-  int max_context = 0;    // tokens of one sequence; 0: what the model was trained for
+  joint::FusionOptions fusion;
+  codec::Rounding kv_rounding = codec::Rounding::kNone;  // evaluation only: what a coarser codec would do to quality
+  int max_running = 64;                                  // sequences decoding or prefilling at once
+  int step_tokens = 512;                                 // rows of one step
+  int max_context = 0;                                   // tokens of one sequence; 0: what the model was trained for
   bool deterministic = false;
   std::optional<dense::Precision> precision;
   std::optional<int> quantised_rows;
@@ -58,6 +61,11 @@ class Engine {
 
   EngineStats stats() const;
   kv::KvStats kv_stats() const { return cache_->stats(); }
+  joint::FusionStats fusion_stats() const { return fusion_->stats(); }
+  // Off: no block is fused from now on, and new requests take exact blocks only.
+  void set_fusion(bool enabled) { fusion_->set_enabled(enabled); }
+  // Drops every block that no running request uses.
+  void DropPrefixCache() { cache_->DropPrefixCache(); }
   const text::Tokenizer& tokenizer() const { return *tokenizer_; }
   const models::Model& model() const { return *model_; }
   const gguf::GgufFile& file() const { return *file_; }
@@ -101,6 +109,7 @@ class Engine {
   std::unique_ptr<text::Tokenizer> tokenizer_;
   std::unique_ptr<models::Model> model_;
   std::unique_ptr<kv::KvCache> cache_;
+  std::unique_ptr<joint::Fusion> fusion_;
   std::vector<TokenId> end_tokens_;
   int max_context_ = 0;
 

@@ -109,7 +109,7 @@ TEST(LimitsTest, ContextCutsMaxTokens) {
 
 TEST(LimitsTest, WhatCanNeverFit) {
   EngineOptions options = TestOptions();
-  options.kv_bytes = size_t{256} << 10;
+  options.kv_bytes = size_t{512} << 10;
   Driver driver(options);
   const size_t capacity = driver.engine().kv_stats().capacity_bytes;
   int longest = 1;

@@ -17,7 +17,9 @@ using RequestId = Id<struct RequestTag>;
 struct Request {
   std::vector<TokenId> prompt;
   SamplingParams sampling;
-  DomainId domain{0};  // tenant: nothing is shared with another, and admission takes turns among them
+  DomainId domain{0};           // tenant: nothing is shared with another, and admission takes turns among them
+  bool kv_fusion = true;        // false: exact blocks only, and its own are never fused
+  std::vector<TokenId> forced;  // evaluations: the first output tokens, whatever the logits say
 };
 
 enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };

@@ -55,7 +55,8 @@ bool Engine::AdmitNext() {
   if (!running_.empty() && !cache_->HasRoomFor(static_cast<int>(sequence.tokens.size()), reserve)) return false;
 
   const int longest = static_cast<int>(sequence.request->request.prompt.size()) + sampling.max_tokens;
-  sequence.kv = cache_->Create(sequence.request->request.domain, longest);
+  sequence.kv = cache_->Create(sequence.request->request.domain, longest,
+                               fusion_->SharingOf(sequence.request->request.kv_fusion));
   sequence.computed = cache_->AdoptPrefix(sequence.kv, sequence.tokens);
   RequestState& request = *sequence.request;
   if (!request.started) {

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <bit>
 #include <cerrno>
 #include <cstring>
@@ -38,32 +39,28 @@ Arena::Arena(std::byte* base, size_t mapped_bytes, size_t granule_bytes, int n_s
     : base_(base), mapped_bytes_(mapped_bytes), granule_bytes_(granule_bytes), slabs_(n_slabs) {
   free_slabs_.reserve(n_slabs);
   for (int slab = n_slabs - 1; slab >= 0; --slab) free_slabs_.push_back(slab);
-  for (auto& list : partial_) list.reserve(n_slabs);
+  for (Partial& partial : partial_) partial.words.resize(CeilDiv(n_slabs, 64));
 }
 
 Arena::~Arena() { munmap(base_, mapped_bytes_); }
 
-void Arena::AddPartial(int slab) {
-  auto& list = partial_[slabs_[slab].granules - 1];
-  slabs_[slab].partial_index = static_cast<int>(list.size());
-  list.push_back(slab);
+void Arena::Partial::Add(int slab) {
+  words[slab / 64] |= uint64_t{1} << (slab % 64);
+  first = std::min(first, static_cast<size_t>(slab / 64));
 }
 
-void Arena::RemovePartial(int slab) {
-  auto& list = partial_[slabs_[slab].granules - 1];
-  const int index = slabs_[slab].partial_index;
-  list[index] = list.back();
-  slabs_[list[index]].partial_index = index;
-  list.pop_back();
-  slabs_[slab].partial_index = -1;
+int Arena::Partial::Lowest() {
+  while (first < words.size() && words[first] == 0) ++first;
+  return first == words.size() ? -1 : static_cast<int>(first * 64) + std::countr_zero(words[first]);
 }
 
 BlockId Arena::Allocate(int granules) {
   CHECK(granules >= 1 && granules <= codec::kClasses);
-  auto& list = partial_[granules - 1];
-  if (list.empty()) {
+  Partial& partial = partial_[granules - 1];
+  int index = partial.Lowest();
+  if (index < 0) {
     if (free_slabs_.empty()) return BlockId();
-    const int index = free_slabs_.back();
+    index = free_slabs_.back();
     free_slabs_.pop_back();
     Slab& slab = slabs_[index];
     slab.granules = granules;
@@ -72,9 +69,8 @@ BlockId Arena::Allocate(int granules) {
     slab.free_slots[0] = slots >= 64 ? ~uint64_t{0} : (uint64_t{1} << slots) - 1;
     slab.free_slots[1] = slots > 64 ? (uint64_t{1} << (slots - 64)) - 1 : 0;
     free_slots_[granules - 1] += slots;
-    AddPartial(index);
+    partial.Add(index);
   }
-  const int index = list.back();
   Slab& slab = slabs_[index];
   const int word = slab.free_slots[0] != 0 ? 0 : 1;
   const int slot = word * 64 + std::countr_zero(slab.free_slots[word]);
@@ -82,7 +78,7 @@ BlockId Arena::Allocate(int granules) {
   ++slab.used;
   --free_slots_[granules - 1];
   used_granules_ += granules;
-  if (slab.used == Slots(granules)) RemovePartial(index);
+  if (slab.used == Slots(granules)) partial.Remove(index);
   return BlockId(index * kSlabGranules + slot * granules);
 }
 
@@ -94,13 +90,13 @@ void Arena::Free(BlockId block, int granules) {
   const int slot = block.value % kSlabGranules / granules;
   const uint64_t bit = uint64_t{1} << (slot % 64);
   CHECK((slab.free_slots[slot / 64] & bit) == 0);
-  if (slab.used == Slots(granules)) AddPartial(index);
+  if (slab.used == Slots(granules)) partial_[granules - 1].Add(index);
   slab.free_slots[slot / 64] |= bit;
   --slab.used;
   ++free_slots_[granules - 1];
   used_granules_ -= granules;
   if (slab.used == 0) {
-    RemovePartial(index);
+    partial_[granules - 1].Remove(index);
     free_slots_[granules - 1] -= Slots(granules);
     slab.granules = 0;
     free_slabs_.push_back(index);
@@ -130,8 +126,9 @@ void Arena::CheckIntegrity() const {
     }
     const int free = std::popcount(slab.free_slots[0]) + std::popcount(slab.free_slots[1]);
     CHECK(slab.used > 0 && free + slab.used == Slots(slab.granules));
-    CHECK((slab.partial_index >= 0) == (free > 0));
-    if (free > 0) CHECK(partial_[slab.granules - 1][slab.partial_index] == static_cast<int>(i));
+    for (int c = 0; c < codec::kClasses; ++c) {
+      CHECK(partial_[c].Has(static_cast<int>(i)) == (c == slab.granules - 1 && free > 0));
+    }
     free_slots[slab.granules - 1] += free;
     used += static_cast<size_t>(slab.used) * slab.granules;
   }

@@ -1,7 +1,8 @@
 // Arena: all KV bytes of the server, below a hard cap.
 //
 // One address range, cut into granules (4 tokens of K or V of one layer); kSlabGranules granules form a slab; a slab
-// serves one size class at a time and goes back when its last block is freed. A BlockId is the index of a block's first
+// serves one size class at a time and goes back when its last block is freed. Of the slabs with room the lowest is
+// filled first, so that the highest run empty. A BlockId is the index of a block's first
 // granule, so address = base + id * granule_bytes and no table stands between a kernel and its bytes.
 //
 // Threads: one (the engine's); the bytes themselves may be used by many. Owns: the address range.
@@ -34,6 +35,12 @@ class Arena {
   BlockId Allocate(int granules);
   void Free(BlockId block, int granules);
 
+  // Whether the next block of this size would lie in a lower slab than `block`.
+  bool HasRoomBelow(BlockId block, int granules) {
+    const int slab = partial_[granules - 1].Lowest();
+    return slab >= 0 && slab < block.value / kSlabGranules;
+  }
+
   // Whether needed[g] blocks of g + 1 granules each could all be allocated now.
   bool CanAllocate(std::span<const int, codec::kClasses> needed) const;
 
@@ -54,14 +61,21 @@ class Arena {
   struct Slab {
     int granules = 0;             // block size it serves; 0: free
     int used = 0;                 // blocks in use
-    int partial_index = -1;       // place in partial_[granules - 1]; -1: full or free
     uint64_t free_slots[2] = {};  // bit set: slot is free
   };
 
   Arena(std::byte* base, size_t mapped_bytes, size_t granule_bytes, int n_slabs);
   static int Slots(int granules) { return kSlabGranules / granules; }
-  void AddPartial(int slab);
-  void RemovePartial(int slab);
+  // The slabs of one class with a free slot, as a set of bits.
+  struct Partial {
+    std::vector<uint64_t> words;
+    size_t first = 0;  // no bit is set before this word
+
+    void Add(int slab);
+    void Remove(int slab) { words[slab / 64] &= ~(uint64_t{1} << (slab % 64)); }
+    bool Has(int slab) const { return (words[slab / 64] >> (slab % 64) & 1) != 0; }
+    int Lowest();  // -1: none
+  };
 
   std::byte* base_;
   size_t mapped_bytes_;
@@ -69,8 +83,8 @@ class Arena {
   size_t used_granules_ = 0;
   std::vector<Slab> slabs_;
   std::vector<int> free_slabs_;
-  std::vector<int> partial_[codec::kClasses];  // slabs of a class with a free slot
-  int free_slots_[codec::kClasses] = {};       // over those slabs
+  Partial partial_[codec::kClasses];
+  int free_slots_[codec::kClasses] = {};  // over those slabs
 };
 
 }  // namespace jointkv::kv

@@ -1,7 +1,6 @@
 #include "kv/kv_cache.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "base/hash.h"
@@ -12,10 +11,11 @@ namespace jointkv::kv {
 
 namespace {
 
-template <typename T>
-std::unique_ptr<T[], void (*)(void*)> LazyZeros(size_t n) {
-  return {static_cast<T*>(std::calloc(n, sizeof(T))), std::free};
-}
+// An open block doubles from 8 tokens on: one copy or two in its life, and little room for tokens that never come.
+int OpenCapacity(int tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : codec::kBlockTokensMax; }
+
+// Class of a new block of `length` tokens; 0: it stays open, with `rest` tokens.
+int CapOf(int length, int rest) { return length == 0 ? OpenCapacity(rest) : codec::ClassCapacity(length); }
 
 }  // namespace
 
@@ -24,7 +24,7 @@ Expected<std::unique_ptr<KvCache>> KvCache::Create(KvShape shape, BlockCutter cu
         shape.layout.head_dim % 2 == 0);
   ASSIGN_OR_RETURN(auto arena, Arena::Create(options.cap_bytes, shape.layout.granule_bytes()));
   std::unique_ptr<KvCache> cache(new KvCache(std::move(shape), std::move(cutter), options, std::move(arena)));
-  if (cache->refs_ == nullptr || cache->index_refs_ == nullptr) {
+  if (!cache->refs_.valid() || !cache->index_refs_.valid() || !cache->watched_.valid()) {
     return Status(StatusCode::kResourceExhausted, "kv-bytes: no memory for the reference counts");
   }
   return cache;
@@ -35,8 +35,9 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::unique
       cutter_(std::move(cutter)),
       options_(options),
       arena_(std::move(arena)),
-      refs_(LazyZeros<int32_t>(arena_->total_granules())),
-      index_refs_(LazyZeros<int32_t>(arena_->total_granules())),
+      refs_(arena_->total_granules()),
+      index_refs_(arena_->total_granules()),
+      watched_(arena_->total_granules()),
       index_(RandomKey()),
       widest_window_(std::ranges::max(shape_.window)) {}
 
@@ -51,11 +52,22 @@ BlockId* KvCache::Row(Sequence& s, int table) const {
   return s.tables.data() + static_cast<size_t>(table) * s.table_capacity;
 }
 
+float* KvCache::ScaleRow(Sequence& s, int table) const {
+  return s.scales.data() + static_cast<size_t>(table) * s.table_capacity;
+}
+
 void KvCache::ReserveTables(Sequence& s, int max_blocks) const {
   if (max_blocks <= s.table_capacity) return;
   std::vector<BlockId> tables(static_cast<size_t>(max_blocks) * shape_.n_tables());
   for (int table = 0; table < shape_.n_tables(); ++table) {
     std::copy_n(Row(s, table), s.blocks.size(), tables.begin() + static_cast<ptrdiff_t>(table) * max_blocks);
+  }
+  if (options_.scales) {
+    std::vector<float> scales(tables.size(), 1.0F);
+    for (int table = 0; table < shape_.n_tables() && !s.blocks.empty(); ++table) {
+      std::copy_n(ScaleRow(s, table), s.blocks.size(), scales.begin() + static_cast<ptrdiff_t>(table) * max_blocks);
+    }
+    s.scales = std::move(scales);
   }
   s.tables = std::move(tables);
   s.table_capacity = max_blocks;
@@ -63,12 +75,26 @@ void KvCache::ReserveTables(Sequence& s, int max_blocks) const {
   s.chain.reserve(max_blocks);
 }
 
-SequenceId KvCache::Create(DomainId domain, int max_tokens) {
+// Logical blocks that these tokens and what may still follow them can make.
+int KvCache::BlocksFor(std::span<const TokenId> tokens, int max_tokens) const {
+  int blocks = 2;
+  while (!tokens.empty()) {
+    const int length = cutter_.FirstBlock(tokens);
+    if (length == 0) break;
+    tokens = tokens.subspan(length);
+    max_tokens -= length;
+    ++blocks;
+  }
+  return blocks + std::max(0, max_tokens) / BlockCutter::kMinTokens;
+}
+
+SequenceId KvCache::Create(DomainId domain, int max_tokens, Sharing sharing) {
   auto sequence = std::make_unique<Sequence>();
   sequence->domain = domain;
+  sequence->lossy = sharing == Sharing::kLossy;
+  sequence->max_tokens = max_tokens;
   sequence->tokens.reserve(max_tokens);
   sequence->released.assign(shape_.n_layers(), 0);
-  ReserveTables(*sequence, max_tokens / BlockCutter::kMinTokens + 2);
   if (free_sequences_.empty()) {
     sequences_.push_back(std::move(sequence));
     free_sequences_.reserve(sequences_.size());
@@ -88,7 +114,11 @@ void KvCache::Ref(BlockId block) {
 
 void KvCache::Unref(BlockId block, int cap) {
   CHECK(refs_[block.index()] > 0);
-  if (--refs_[block.index()] == 0) arena_->Free(block, cap / codec::kClassStep);
+  if (--refs_[block.index()] > 0) return;
+  arena_->Free(block, cap / codec::kClassStep);
+  if (watched_[block.index()] == 0) return;
+  watched_[block.index()] = 0;
+  released_.push_back(block);
 }
 
 void KvCache::ReleaseRow(Sequence& s, int index) {
@@ -122,6 +152,7 @@ int KvCache::FirstVisible(int layer, int next_position) const {
 int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens) {
   Sequence& s = Get(id);
   CHECK(s.tokens.empty());
+  ReserveTables(s, BlocksFor(tokens, s.max_tokens));
   prefix_query_tokens_ += static_cast<int64_t>(tokens.size());
   if (!options_.prefix_cache || tokens.empty()) return 0;
 
@@ -133,7 +164,7 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens) {
   while (true) {
     const int length = cutter_.FirstBlock(usable.subspan(end));
     if (length == 0) break;
-    const EntryId entry = index_.Find(s.domain, chain.empty() ? EntryId() : chain.back(), usable.subspan(end, length));
+    const EntryId entry = index_.Find(s.root(), chain.empty() ? EntryId() : chain.back(), usable.subspan(end, length));
     if (!entry.valid()) break;
     chain.push_back(entry);
     end += length;
@@ -158,11 +189,10 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens) {
   if (chain.empty()) return 0;
 
   const int length = ends.back();
-  ReserveTables(s, static_cast<int>(chain.size()) + 2);
   for (size_t i = 0; i < chain.size(); ++i) {
     const PrefixEntry& entry = index_[chain[i]];
     const int start = ends[i] - static_cast<int>(entry.tokens.size());
-    s.blocks.push_back({start, static_cast<uint8_t>(entry.tokens.size()), entry.cap, true, true});
+    s.blocks.push_back({start, BaseOf(start), static_cast<uint8_t>(entry.tokens.size()), entry.cap, true, true});
     for (int table = 0; table < shape_.n_tables(); ++table) {
       const BlockId block = entry.blocks[table];
       const bool visible = ends[i] > FirstVisible(table / 2, length);
@@ -175,6 +205,7 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens) {
       if (refs_[block.index()] == index_refs_[block.index()]) running_bytes_ += shape_.layout.block_bytes(entry.cap);
       Ref(block);
       Row(s, table)[i] = block;
+      if (options_.scales) ScaleRow(s, table)[i] = entry.scales[table];
     }
     index_.AddUser(chain[i]);
     s.chain.push_back(chain[i]);
@@ -203,23 +234,29 @@ void KvCache::QueueForStrip(EntryId id) {
 }
 
 // Gives back the window layers' blocks that no sequence refers to of an entry that some sequence still uses. Entries
-// without users are left whole: they go by their last use.
+// without users are left whole: they go by their last use. An entry whose window block another entry's users still
+// refer to (a representative) waits its turn again.
 bool KvCache::StripOne() {
-  while (!strippable_.empty()) {
-    PrefixEntry& entry = index_[strippable_.front()];
+  for (size_t turns = strippable_.size(); turns > 0; --turns) {
+    const EntryId id = strippable_.front();
+    PrefixEntry& entry = index_[id];
     strippable_.pop_front();
-    entry.queued_for_strip = false;
-    if (entry.users == 0) continue;
     bool freed = false;
-    for (int table = 0; table < shape_.n_tables(); ++table) {
+    bool waits = false;
+    for (int table = 0; table < shape_.n_tables() && entry.users > 0; ++table) {
       BlockId& block = entry.blocks[table];
-      if (shape_.window[table / 2] == 0 || !block.valid() || refs_[block.index()] != index_refs_[block.index()])
+      if (shape_.window[table / 2] == 0 || !block.valid()) continue;
+      if (refs_[block.index()] != index_refs_[block.index()]) {
+        waits = true;
         continue;
+      }
       --index_refs_[block.index()];
       Unref(block, entry.cap);
       block = BlockId();
       entry.stripped = freed = true;
     }
+    entry.queued_for_strip = waits;
+    if (waits) strippable_.push_back(id);
     if (freed) return true;
   }
   return false;
@@ -245,35 +282,42 @@ void KvCache::DropPrefixCache() {
 }
 
 void KvCache::PushBlock(Sequence& s, int start, int cap) {
-  if (static_cast<int>(s.blocks.size()) == s.table_capacity) ReserveTables(s, 2 * s.table_capacity);
+  if (static_cast<int>(s.blocks.size()) == s.table_capacity) ReserveTables(s, std::max(8, 2 * s.table_capacity));
   const size_t index = s.blocks.size();
-  s.blocks.push_back({start, 0, static_cast<uint8_t>(cap), false, false});
+  s.blocks.push_back({start, BaseOf(start), 0, static_cast<uint8_t>(cap), false, false});
   for (int table = 0; table < shape_.n_tables(); ++table) {
     const BlockId block = arena_->Allocate(cap / codec::kClassStep);
     CHECK(block.valid());
     Ref(block);
     Row(s, table)[index] = block;
+    if (options_.scales) ScaleRow(s, table)[index] = 1;
   }
   running_bytes_ += shape_.n_tables() * shape_.layout.block_bytes(cap);
 }
 
-void KvCache::CopyOpenBlock(Sequence& s) {
+// Gives the open block tables of its own, of class `cap`: those that a fork shares are copied, and all are when the
+// class changes.
+void KvCache::MakeOpenPrivate(Sequence& s, int cap) {
   const int index = static_cast<int>(s.blocks.size()) - 1;
-  const LogicalBlock& block = s.blocks[index];
-  bool copied = false;
+  LogicalBlock& block = s.blocks[index];
+  bool shared = false;
   for (int table = 0; table < shape_.n_tables(); ++table) {
     BlockId& id = Row(s, table)[index];
-    if (refs_[id.index()] == 1) continue;
-    const BlockId copy = arena_->Allocate(block.cap / codec::kClassStep);
+    const bool own = refs_[id.index()] == 1;
+    if (own && block.cap == cap) continue;
+    const BlockId copy = arena_->Allocate(cap / codec::kClassStep);
     CHECK(copy.valid());
-    std::memcpy(arena_->data(copy), arena_->data(id), shape_.layout.block_bytes(block.cap));
+    codec::CopyBlock(shape_.layout, static_cast<Kind>(table % 2), arena_->data(id), block.cap, arena_->data(copy), cap,
+                     block.tokens);
+    if (own) running_bytes_ -= shape_.layout.block_bytes(block.cap);
+    running_bytes_ += shape_.layout.block_bytes(cap);
     Ref(copy);
     Unref(id, block.cap);
     id = copy;
-    copied = true;
-    running_bytes_ += shape_.layout.block_bytes(block.cap);
+    shared = shared || !own;
   }
-  copies_on_write_ += copied;
+  block.cap = static_cast<uint8_t>(cap);
+  copies_on_write_ += shared;
 }
 
 bool KvCache::Append(SequenceId id, std::span<const TokenId> tokens) {
@@ -286,10 +330,8 @@ bool KvCache::Append(SequenceId id, std::span<const TokenId> tokens) {
   const int n_tables = shape_.n_tables();
   int needed[codec::kClasses] = {};
   size_t at = 0;
+  int open_cap = 0;
   if (has_open) {
-    int shared = 0;
-    for (int table = 0; table < n_tables; ++table) shared += refs_[Row(s, table)[s.blocks.size() - 1].index()] > 1;
-    needed[s.blocks.back().cap / codec::kClassStep - 1] += shared;
     int length = s.blocks.back().tokens;
     TokenId previous = s.tokens.back();
     bool ended = false;
@@ -297,11 +339,18 @@ bool KvCache::Append(SequenceId id, std::span<const TokenId> tokens) {
       ended = cutter_.EndsAfter(++length, previous, tokens[at]);
       previous = tokens[at++];
     }
+    const int cap = s.blocks.back().cap;
+    open_cap = cap >= length ? cap : ended ? codec::ClassCapacity(length) : OpenCapacity(length);
+    int copies = 0;
+    for (int table = 0; table < n_tables; ++table) {
+      copies += open_cap != cap || refs_[Row(s, table)[s.blocks.size() - 1].index()] > 1;
+    }
+    needed[open_cap / codec::kClassStep - 1] += copies;
   }
   const size_t first_new = at;
   while (at < tokens.size()) {
     const int length = cutter_.FirstBlock(tokens.subspan(at));
-    const int cap = length == 0 ? codec::kBlockTokensMax : codec::ClassCapacity(length);
+    const int cap = CapOf(length, static_cast<int>(tokens.size() - at));
     needed[cap / codec::kClassStep - 1] += n_tables;
     at += length == 0 ? tokens.size() - at : length;
   }
@@ -309,7 +358,7 @@ bool KvCache::Append(SequenceId id, std::span<const TokenId> tokens) {
 
   // Commit to it.
   if (has_open) {
-    CopyOpenBlock(s);
+    MakeOpenPrivate(s, open_cap);
     LogicalBlock& open = s.blocks.back();
     open.tokens = static_cast<uint8_t>(open.tokens + first_new);
     const TokenId last = tokens[first_new - 1];
@@ -319,7 +368,7 @@ bool KvCache::Append(SequenceId id, std::span<const TokenId> tokens) {
   const int base = static_cast<int>(s.tokens.size());
   for (at = first_new; at < tokens.size();) {
     const int length = cutter_.FirstBlock(tokens.subspan(at));
-    PushBlock(s, base + static_cast<int>(at), length == 0 ? codec::kBlockTokensMax : codec::ClassCapacity(length));
+    PushBlock(s, base + static_cast<int>(at), CapOf(length, static_cast<int>(tokens.size() - at)));
     LogicalBlock& block = s.blocks.back();
     block.tokens = static_cast<uint8_t>(length == 0 ? tokens.size() - at : length);
     block.complete = length != 0;
@@ -330,15 +379,15 @@ bool KvCache::Append(SequenceId id, std::span<const TokenId> tokens) {
   return true;
 }
 
-void KvCache::Commit(SequenceId id) {
+SealedRange KvCache::Commit(SequenceId id) {
   Sequence& s = Get(id);
   s.committed = static_cast<int>(s.tokens.size());
   int first = static_cast<int>(s.blocks.size());
   while (first > 0 && !s.blocks[first - 1].sealed) --first;
-  for (int i = first; i < static_cast<int>(s.blocks.size()); ++i) {
-    if (s.blocks[i].complete) SealBlock(s, i);
-  }
+  int last = first;
+  for (; last < static_cast<int>(s.blocks.size()) && s.blocks[last].complete; ++last) SealBlock(s, last);
   if (widest_window_ > 0) ReleaseWindow(s);
+  return {first, last};
 }
 
 void KvCache::SealBlock(Sequence& s, int index) {
@@ -347,7 +396,8 @@ void KvCache::SealBlock(Sequence& s, int index) {
   Publish(s, index);
 }
 
-// A block that was open has the largest class: move it to its own. Where no slab is left for that, it stays.
+// A block that was open may have a larger class than it needs: move it to its own. Where no slab is left for that, it
+// stays.
 void KvCache::MoveToClass(Sequence& s, int index) {
   LogicalBlock& block = s.blocks[index];
   const int cap = codec::ClassCapacity(block.tokens);
@@ -376,7 +426,7 @@ void KvCache::Publish(Sequence& s, int index) {
   const LogicalBlock& block = s.blocks[index];
   const auto tokens = std::span<const TokenId>(s.tokens).subspan(block.start, block.tokens);
   const EntryId parent = index == 0 ? EntryId() : s.chain.back();
-  const EntryId entry = index_.Find(s.domain, parent, tokens);
+  const EntryId entry = index_.Find(s.root(), parent, tokens);
   if (entry.valid()) {
     TakeKnown(s, index, entry);
     return;
@@ -388,7 +438,8 @@ void KvCache::Publish(Sequence& s, int index) {
     Ref(id);
     ++index_refs_[id.index()];
   }
-  s.chain.push_back(index_.Insert(s.domain, parent, tokens, publish_scratch_, block.cap));
+  scale_scratch_.assign(options_.scales ? shape_.n_tables() : 0, 1.0F);
+  s.chain.push_back(index_.Insert(s.root(), parent, tokens, publish_scratch_, scale_scratch_, block.cap));
 }
 
 void KvCache::TakeKnown(Sequence& s, int index, EntryId entry) {
@@ -404,6 +455,7 @@ void KvCache::TakeKnown(Sequence& s, int index, EntryId entry) {
       Ref(own);
       ++index_refs_[own.index()];
       theirs = own;
+      if (options_.scales) known.scales[table] = ScaleRow(s, table)[index];
       continue;
     }
     running_bytes_ -= shape_.layout.block_bytes(block.cap);
@@ -411,6 +463,7 @@ void KvCache::TakeKnown(Sequence& s, int index, EntryId entry) {
     if (refs_[theirs.index()] == index_refs_[theirs.index()]) running_bytes_ += shape_.layout.block_bytes(known.cap);
     Ref(theirs);
     own = theirs;
+    if (options_.scales) ScaleRow(s, table)[index] = known.scales[table];
   }
   known.stripped = false;
   block.cap = known.cap;
@@ -441,11 +494,12 @@ void KvCache::ReleaseWindow(Sequence& s) {
 }
 
 SequenceId KvCache::Fork(SequenceId id, int max_tokens) {
-  const SequenceId child_id = Create(Get(id).domain, max_tokens);
+  const SequenceId child_id = Create(Get(id).domain, max_tokens, Get(id).lossy ? Sharing::kLossy : Sharing::kExact);
   Sequence& s = Get(id);
   Sequence& child = Get(child_id);
   CHECK(s.committed == static_cast<int>(s.tokens.size()));
-  ReserveTables(child, static_cast<int>(s.blocks.size()) + 1);
+  ReserveTables(child,
+                static_cast<int>(s.blocks.size()) + BlocksFor({}, max_tokens - static_cast<int>(s.tokens.size())));
   child.tokens.assign(s.tokens.begin(), s.tokens.end());
   child.blocks.assign(s.blocks.begin(), s.blocks.end());
   child.committed = s.committed;
@@ -456,11 +510,80 @@ SequenceId KvCache::Fork(SequenceId id, int max_tokens) {
       const BlockId block = Row(s, table)[i];
       Row(child, table)[i] = block;
       if (block.valid()) Ref(block);
+      if (options_.scales) ScaleRow(child, table)[i] = ScaleRow(s, table)[i];
     }
   }
   for (const EntryId entry : child.chain) index_.AddUser(entry);
   logical_tokens_ += child.tokens.size();
   return child_id;
+}
+
+bool KvCache::Redirectable(SequenceId id, int table, int index) const {
+  Sequence& s = Get(id);
+  const BlockId own = Row(s, table)[index];
+  if (!s.lossy || !s.blocks[index].sealed || !own.valid()) return false;
+  const bool chained = index < static_cast<int>(s.chain.size());
+  int slots = 0;
+  for (const auto& other : sequences_) {
+    if (other == nullptr || index >= static_cast<int>(other->blocks.size())) continue;
+    slots += Row(*other, table)[index] == own;
+  }
+  return refs_[own.index()] == slots + chained && index_refs_[own.index()] == static_cast<int>(chained);
+}
+
+void KvCache::Redirect(SequenceId id, int table, int index, BlockId target, float scale) {
+  CHECK(Redirectable(id, table, index) && refs_[target.index()] > 0);
+  Sequence& s = Get(id);
+  const BlockId own = Row(s, table)[index];
+  CHECK(own != target);
+  const int cap = s.blocks[index].cap;
+  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += shape_.layout.block_bytes(cap);
+  if (index < static_cast<int>(s.chain.size())) {
+    PrefixEntry& entry = index_[s.chain[index]];
+    CHECK(entry.blocks[table] == own);
+    Ref(target);
+    ++index_refs_[target.index()];
+    --index_refs_[own.index()];
+    Unref(own, cap);
+    entry.blocks[table] = target;
+    if (options_.scales) entry.scales[table] = scale;
+  }
+  for (const auto& other : sequences_) {
+    if (other == nullptr || index >= static_cast<int>(other->blocks.size()) || Row(*other, table)[index] != own) {
+      continue;
+    }
+    Ref(target);
+    if (refs_[own.index()] == 1) running_bytes_ -= shape_.layout.block_bytes(cap);
+    Unref(own, cap);
+    Row(*other, table)[index] = target;
+    if (options_.scales) ScaleRow(*other, table)[index] = scale;
+    if (refs_[own.index()] == 0) break;
+  }
+}
+
+BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
+  CHECK(Redirectable(id, table, index));
+  Sequence& s = Get(id);
+  const BlockId own = Row(s, table)[index];
+  const int cap = s.blocks[index].cap;
+  if (!arena_->HasRoomBelow(own, cap / codec::kClassStep)) return own;
+  const BlockId target = arena_->Allocate(cap / codec::kClassStep);
+  std::memcpy(arena_->data(target), arena_->data(own), shape_.layout.block_bytes(cap));
+  Ref(target);
+  running_bytes_ += shape_.layout.block_bytes(cap);
+  Redirect(id, table, index, target, options_.scales ? ScaleRow(s, table)[index] : 1);
+  Unref(target, cap);
+  return target;
+}
+
+void KvCache::Watch(BlockId block) {
+  CHECK(refs_[block.index()] > 0);
+  watched_[block.index()] = 1;
+}
+
+void KvCache::TakeReleased(std::vector<BlockId>& out) {
+  out.assign(released_.begin(), released_.end());
+  released_.clear();
 }
 
 size_t KvCache::MinimumBytes(int tokens) const {
@@ -484,6 +607,21 @@ const BlockId* KvCache::table(SequenceId sequence, int layer, Kind kind) const {
   return Row(Get(sequence), TableIndex(layer, kind));
 }
 
+const float* KvCache::scales(SequenceId sequence, int layer, Kind kind) const {
+  return options_.scales ? ScaleRow(Get(sequence), TableIndex(layer, kind)) : nullptr;
+}
+
+void KvCache::SetScale(SequenceId sequence, int table, int index, float scale) {
+  CHECK(options_.scales);
+  Sequence& s = Get(sequence);
+  ScaleRow(s, table)[index] = scale;
+  if (index < static_cast<int>(s.chain.size())) index_[s.chain[index]].scales[table] = scale;
+}
+
+DomainId KvCache::domain(SequenceId sequence) const { return Get(sequence).domain; }
+
+bool KvCache::lossy(SequenceId sequence) const { return Get(sequence).lossy; }
+
 std::span<const TokenId> KvCache::tokens(SequenceId sequence) const { return Get(sequence).tokens; }
 
 KvStats KvCache::stats() const {
@@ -496,8 +634,9 @@ KvStats KvCache::stats() const {
   for (const auto& s : sequences_) {
     if (s == nullptr) continue;
     stats.metadata_bytes += sizeof(Sequence) + s->blocks.capacity() * sizeof(LogicalBlock) +
-                            s->tables.capacity() * sizeof(BlockId) + s->tokens.capacity() * sizeof(TokenId) +
-                            s->chain.capacity() * sizeof(EntryId) + s->released.capacity() * sizeof(int);
+                            s->tables.capacity() * sizeof(BlockId) + s->scales.capacity() * sizeof(float) +
+                            s->tokens.capacity() * sizeof(TokenId) + s->chain.capacity() * sizeof(EntryId) +
+                            s->released.capacity() * sizeof(int);
   }
   stats.metadata_bytes += stats.used_bytes / shape_.layout.granule_bytes() * 2 * sizeof(int32_t);
   stats.logical_bytes = logical_tokens_ * shape_.logical_token_bytes();

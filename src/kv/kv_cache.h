@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/ids.h"
+#include "base/lazy_array.h"
 #include "base/status.h"
 #include "kv/arena.h"
 #include "kv/cutter.h"
@@ -43,11 +44,18 @@ constexpr int TableIndex(int layer, Kind kind) { return 2 * layer + static_cast<
 
 // One row of every block table of a sequence.
 struct LogicalBlock {
-  int start = 0;          // position of its first token: the base that its keys' rotation counts from
+  int start = 0;          // position of its first token
+  int base = 0;           // position that its keys' rotation counts from: start, or 0 with absolute keys
   uint8_t tokens = 0;     // filled (appended) tokens
   uint8_t cap = 0;        // size class of its physical blocks, in tokens
   bool complete = false;  // its content says that it ends here
   bool sealed = false;    // complete and committed: never changes again
+};
+
+// Logical blocks [first, last) of a sequence.
+struct SealedRange {
+  int first = 0;
+  int last = 0;
 };
 
 struct KvStats {
@@ -68,13 +76,18 @@ class KvCache {
   struct Options {
     size_t cap_bytes = 0;
     bool prefix_cache = true;
+    bool absolute_keys = false;  // keys rotated by their position instead of their offset in the block
+    bool scales = false;         // every table slot carries a factor for its block's values
   };
 
   static Expected<std::unique_ptr<KvCache>> Create(KvShape shape, BlockCutter cutter, Options options);
   ~KvCache();
 
-  // An empty sequence whose tables have room for `max_tokens` tokens without another heap allocation.
-  SequenceId Create(DomainId domain, int max_tokens);
+  // An empty sequence. After AdoptPrefix its tables have room for `max_tokens` tokens without another heap allocation.
+  // Exact sequences share prefixes among themselves only; the blocks of lossy ones may be redirected to others'
+  // representatives.
+  enum class Sharing : uint8_t { kExact, kLossy };
+  SequenceId Create(DomainId domain, int max_tokens, Sharing sharing = Sharing::kExact);
   // Drops the sequence and its references. Its sealed blocks may live on in the prefix index.
   void Free(SequenceId sequence);
 
@@ -87,11 +100,25 @@ class KvCache {
   // where the running sequences alone leave too little.
   bool Append(SequenceId sequence, std::span<const TokenId> tokens);
   // All appended tokens have their K and V in place: seals complete blocks, publishes them in the prefix index, and
-  // gives back what sliding-window layers can no longer see.
-  void Commit(SequenceId sequence);
+  // gives back what sliding-window layers can no longer see. Returns which blocks it sealed.
+  SealedRange Commit(SequenceId sequence);
 
   // A sequence with the same tokens that shares every block. Requires a committed source.
   SequenceId Fork(SequenceId sequence, int max_tokens);
+
+  // Joint encoding. A block is redirectable while it is sealed, belongs to a lossy sequence, and nobody but this table
+  // slot (with its forks' at the same index, and its index entry) refers to it.
+  bool Redirectable(SequenceId sequence, int table, int index) const;
+  // Lets such a slot, and its index entry, refer to `target` (same tokens count, class and domain) and frees its own
+  // block. `scale` multiplies target's values for this slot; 1 unless Options::scales.
+  void Redirect(SequenceId sequence, int table, int index, BlockId target, float scale = 1);
+  // Moves such a slot's own block to the lowest free place of its class, so that slabs of short-lived blocks run empty.
+  // Returns where it lies now.
+  BlockId MoveDown(SequenceId sequence, int table, int index);
+  // After the last owner of a watched block is gone, its id is in TakeReleased once, and may be in use again already.
+  void Watch(BlockId block);
+  bool watched(BlockId block) const { return watched_[block.index()] != 0; }
+  void TakeReleased(std::vector<BlockId>& out);
 
   // Whether a new sequence of `tokens` tokens should fit beside what the running sequences refer to (everything else
   // can be evicted) with `reserve_bytes` to spare. An estimate: the content decides how blocks fall into size classes.
@@ -104,9 +131,15 @@ class KvCache {
   const BlockId* table(SequenceId sequence, int layer,
                        Kind kind) const;  // by logical index; invalid id: left the window
   std::byte* data(BlockId block) const { return arena_->data(block); }
+  // The slots' factors by logical index; null: all 1.
+  const float* scales(SequenceId sequence, int layer, Kind kind) const;
+  void SetScale(SequenceId sequence, int table, int index, float scale);
   std::span<const TokenId> tokens(SequenceId sequence) const;
+  DomainId domain(SequenceId sequence) const;
+  bool lossy(SequenceId sequence) const;
   int length(SequenceId sequence) const { return static_cast<int>(tokens(sequence).size()); }
   int sharers(BlockId block) const { return refs_[block.index()]; }
+  int total_blocks() const { return arena_->total_granules(); }  // ids are below it
 
   const KvShape& shape() const { return shape_; }
   const BlockCutter& cutter() const { return cutter_; }
@@ -126,14 +159,17 @@ class KvCache {
   Sequence& Get(SequenceId id) const;
   BlockId* Row(Sequence& s, int table) const;
   void ReserveTables(Sequence& s, int max_blocks) const;
+  int BlocksFor(std::span<const TokenId> tokens, int max_tokens) const;
   void PushBlock(Sequence& s, int start, int cap);
+  int BaseOf(int start) const { return options_.absolute_keys ? 0 : start; }
+  float* ScaleRow(Sequence& s, int table) const;
   void Ref(BlockId block);
   void Unref(BlockId block, int cap);
   void ReleaseRow(Sequence& s, int index);
   bool MakeRoom(std::span<const int, codec::kClasses> needed);
   bool EvictOne();
   bool StripOne();
-  void CopyOpenBlock(Sequence& s);
+  void MakeOpenPrivate(Sequence& s, int cap);
   void SealBlock(Sequence& s, int index);
   void MoveToClass(Sequence& s, int index);
   void Publish(Sequence& s, int index);
@@ -148,11 +184,14 @@ class KvCache {
   BlockCutter cutter_;
   Options options_;
   std::unique_ptr<Arena> arena_;
-  std::unique_ptr<int32_t[], void (*)(void*)> refs_;        // by BlockId; owners: tables and index entries
-  std::unique_ptr<int32_t[], void (*)(void*)> index_refs_;  // of those, how many are index entries
+  LazyArray<int32_t> refs_;        // by BlockId; owners: tables and index entries
+  LazyArray<int32_t> index_refs_;  // of those, how many are index entries
+  LazyArray<uint8_t> watched_;     // by BlockId
+  std::vector<BlockId> released_;  // watched blocks without an owner since TakeReleased
   PrefixIndex index_;
   std::deque<EntryId> strippable_;  // entries with window blocks that perhaps no sequence refers to any more
   std::vector<BlockId> publish_scratch_;
+  std::vector<float> scale_scratch_;
   std::vector<std::unique_ptr<Sequence>> sequences_;
   std::vector<int> free_sequences_;
   size_t running_bytes_ = 0;

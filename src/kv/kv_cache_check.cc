@@ -51,7 +51,7 @@ void KvCache::CheckSequence(const Sequence& s, Recount& recount) const {
   EntryId parent;
   for (size_t i = 0; i < s.chain.size(); ++i) {
     const PrefixEntry& entry = index_[s.chain[i]];
-    CHECK(s.blocks[i].sealed && entry.domain == s.domain && entry.parent == parent && entry.cap == s.blocks[i].cap);
+    CHECK(s.blocks[i].sealed && entry.root == s.root() && entry.parent == parent && entry.cap == s.blocks[i].cap);
     CHECK(std::ranges::equal(entry.tokens, std::span(s.tokens).subspan(s.blocks[i].start, s.blocks[i].tokens)));
     parent = s.chain[i];
     for (int table = 0; table < shape_.n_tables(); ++table) {
@@ -73,7 +73,7 @@ void KvCache::CheckIntegrity() const {
       const BlockId block = entry.blocks[table];
       whole = whole && block.valid();
       if (!block.valid()) continue;
-      Count(recount, block, entry.cap, entry.domain, true);
+      Count(recount, block, entry.cap, entry.root.domain, true);
       // Whatever no sequence refers to can be reclaimed: by eviction, or by a strip.
       const bool idle = refs_[block.index()] == index_refs_[block.index()];
       CHECK(!idle || entry.users == 0 || (shape_.window[table / 2] > 0 && entry.queued_for_strip));

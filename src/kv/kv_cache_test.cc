@@ -125,13 +125,24 @@ TEST(KvCache, AKnownEndTakesItsSizeClassAtOnce) {
   EXPECT_TRUE(store->blocks(id)[0].sealed && store->blocks(id)[1].sealed);
 }
 
-TEST(KvCache, AnOpenBlockGrowsInTheLargestClassAndMovesWhenSealed) {
+// `length` tokens of which none ends a block.
+Tokens OpenTokens(Store& store, int length) {
+  Tokens tokens = {1};
+  while (static_cast<int>(tokens.size()) < length) {
+    TokenId next = 1;
+    while (store->cutter().EndsAfter(static_cast<int>(tokens.size()) + 1, tokens.back(), next)) ++next;
+    tokens.push_back(next);
+  }
+  return tokens;
+}
+
+TEST(KvCache, AnOpenBlockDoublesAndMovesToItsClassWhenSealed) {
   Store store;
   const SequenceId id = store.Create(kA);
   const Tokens line = Line(1, 11);
   for (size_t i = 0; i < line.size(); ++i) {
     ASSERT_TRUE(store.Append(id, {line[i]}));
-    EXPECT_EQ(store->blocks(id)[0].cap, codec::kBlockTokensMax);
+    EXPECT_EQ(store->blocks(id)[0].cap, i < 8 ? 8 : 16);
     EXPECT_EQ(store->blocks(id)[0].complete, i + 1 == line.size());
     store.Finish(id);
   }
@@ -292,7 +303,7 @@ TEST(KvCache, SlidingWindowsGiveBackWhatNoQueryCanSee) {
   ASSERT_TRUE(store.Step(id, {1}));  // at 21: 10..20
   EXPECT_FALSE(store.Block(id, 1, 0).valid());
   EXPECT_TRUE(store.Block(id, 0, 0).valid());
-  EXPECT_EQ(store->stats().used_bytes, (2 * (3 + 3 + 8) + 2 * (3 + 8)) * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, (2 * (3 + 3 + 2) + 2 * (3 + 2)) * kGranule);
 }
 
 // 5 x 8 tokens; a window of 12 at position 40 looks back to 29: blocks 0..2 leave the second layer.
@@ -421,14 +432,15 @@ TEST(KvCache, AFailedAppendChangesNothing) {
 
 TEST(KvCache, AFailedCopyOnWriteLeavesTheForkShared) {
   Store store({0, 0}, 1);
-  const SequenceId parent = store.Run(kA, {1, 2, 3}, 0);  // 4 blocks of the largest class: 15 fit
+  const Tokens tokens = OpenTokens(store, 20);
+  const SequenceId parent = store.Run(kA, tokens, 0);  // 4 blocks of the largest class: 15 fit
   std::vector<SequenceId> children;
   for (int i = 0; i < 3; ++i) children.push_back(store.Fork(parent));
   ASSERT_TRUE(store.Step(children[0], {4}));
   ASSERT_TRUE(store.Step(children[1], {5}));
   EXPECT_FALSE(store.Append(children[2], {6}));
   EXPECT_EQ(store.Block(children[2], 0, 0), store.Block(parent, 0, 0));
-  EXPECT_EQ(store->length(children[2]), 3);
+  EXPECT_EQ(store->length(children[2]), 20);
   store.Check(parent);
   store.Free(children[0]);
   EXPECT_TRUE(store.Step(children[2], {6}));
@@ -438,11 +450,12 @@ TEST(KvCache, AFailedCopyOnWriteLeavesTheForkShared) {
 // A block that cannot move to its class for want of a slab stays where it is, and works all the same.
 TEST(KvCache, ASealedBlockWithoutASlabForItsClassKeepsItsOwn) {
   Store store({0, 0}, 1);
-  const SequenceId id = store.Run(kA, {1, 2, 3}, 0);
-  ASSERT_TRUE(store.Step(id, {4, kLineEnd}));
+  const Tokens nine = OpenTokens(store, 9);
+  const SequenceId id = store.Run(kA, nine, 0);
+  ASSERT_TRUE(store.Step(id, {kLineEnd}));
   EXPECT_TRUE(store->blocks(id)[0].sealed);
-  EXPECT_EQ(store->blocks(id)[0].cap, codec::kBlockTokensMax);
-  const SequenceId sharer = store.Run(kA, {1, 2, 3, 4, kLineEnd, 9}, 5);
+  EXPECT_EQ(store->blocks(id)[0].cap, 16);
+  const SequenceId sharer = store.Run(kA, nine + Tokens{kLineEnd} + nine, 10);
   EXPECT_EQ(store.Block(sharer, 0, 0), store.Block(id, 0, 0));
 }
 
@@ -450,25 +463,25 @@ TEST(KvCache, ASealedBlockWithoutASlabForItsClassKeepsItsOwn) {
 TEST(KvCache, AStrippedEntryOfAnotherClassIsLeftAlone) {
   Store store({0, 12}, 2);
   const SequenceId far = store.Create(kA);
-  const SequenceId blocker = store.Run(kA, {9, 9, 9}, 0);
-  ASSERT_TRUE(store.Append(far, {1, 2, 3}));
-  store.Finish(far);
-  std::vector<SequenceId> extra;  // fill both slabs with the largest class
+  const Tokens nine = OpenTokens(store, 9);
+  const SequenceId blocker = store.Run(kB, nine, 0);
+  ASSERT_TRUE(store.Step(far, nine));
+  std::vector<SequenceId> extra;  // fill both slabs with the class of 16
   while (store->stats().held_bytes < 2 * kSlab) {
     extra.push_back(store.Create(kB));
-    ASSERT_TRUE(store.Step(extra.back(), {static_cast<TokenId>(extra.size()), 7}));
+    ASSERT_TRUE(store.Step(extra.back(), nine));
   }
-  ASSERT_TRUE(store.Step(far, {4, kLineEnd}));
-  ASSERT_EQ(store->blocks(far)[0].cap, codec::kBlockTokensMax);
+  ASSERT_TRUE(store.Step(far, {kLineEnd}));
+  ASSERT_EQ(store->blocks(far)[0].cap, 16);
   for (const SequenceId id : extra) store.Free(id);
   store.Free(blocker);
-  for (int i = 0; i < 4; ++i) ASSERT_TRUE(store.Step(far, Line(20 + i, 8)));
+  for (int i = 0; i < 4; ++i) ASSERT_TRUE(store.Step(far, Line(20 + i, 12)));
   store->DropPrefixCache();
   EXPECT_FALSE(store.Block(far, 1, 0).valid());
 
   const SequenceId near = store.Create(kA);
-  ASSERT_TRUE(store.Step(near, {1, 2, 3, 4, kLineEnd}));
-  EXPECT_EQ(store->blocks(near)[0].cap, 8);
+  ASSERT_TRUE(store.Step(near, nine + Tokens{kLineEnd}));
+  EXPECT_EQ(store->blocks(near)[0].cap, 12);
   EXPECT_EQ(store->sharers(store.Block(near, 0, 0)), 1);
   store.Free(far);
   store->DropPrefixCache();
@@ -495,7 +508,7 @@ TEST(KvCache, StatsAddUpAndReturnToZero) {
   KvStats stats = store->stats();
   EXPECT_EQ(stats.logical_bytes, 21 * store->shape().logical_token_bytes());
   EXPECT_EQ(store->shape().logical_token_bytes(), 4u * 4 * 2);
-  EXPECT_EQ(stats.used_bytes, 4 * (3 + 8) * kGranule);
+  EXPECT_EQ(stats.used_bytes, 4 * (3 + 2) * kGranule);
   EXPECT_EQ(stats.running_bytes, stats.used_bytes);
   EXPECT_EQ(stats.held_bytes, 2 * kSlab);
   EXPECT_GT(stats.metadata_bytes, 0u);

@@ -10,28 +10,28 @@ namespace {
 
 size_t EntryBytes(const PrefixEntry& entry) {
   return sizeof(PrefixEntry) + entry.tokens.capacity() * sizeof(TokenId) + entry.blocks.capacity() * sizeof(BlockId) +
-         2 * sizeof(uint64_t);
+         entry.scales.capacity() * sizeof(float) + 2 * sizeof(uint64_t);
 }
 
 }  // namespace
 
-uint64_t PrefixIndex::Hash(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const {
-  const int32_t head[2] = {domain.value, parent.value};
+uint64_t PrefixIndex::Hash(const PrefixRoot& root, EntryId parent, std::span<const TokenId> tokens) const {
+  const int32_t head[3] = {root.domain.value, root.lossy, parent.value};
   return HashSpan(tokens, HashSpan(std::span<const int32_t>(head), key_)) & hash_mask_;
 }
 
-EntryId PrefixIndex::Find(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const {
-  const auto found = buckets_.find(Hash(domain, parent, tokens));
+EntryId PrefixIndex::Find(const PrefixRoot& root, EntryId parent, std::span<const TokenId> tokens) const {
+  const auto found = buckets_.find(Hash(root, parent, tokens));
   if (found == buckets_.end()) return EntryId();
   for (EntryId id = found->second; id.valid(); id = (*this)[id].next_in_bucket) {
     const PrefixEntry& entry = (*this)[id];
-    if (entry.domain == domain && entry.parent == parent && std::ranges::equal(entry.tokens, tokens)) return id;
+    if (entry.root == root && entry.parent == parent && std::ranges::equal(entry.tokens, tokens)) return id;
   }
   return EntryId();
 }
 
-EntryId PrefixIndex::Insert(DomainId domain, EntryId parent, std::span<const TokenId> tokens,
-                            std::span<const BlockId> blocks, int cap) {
+EntryId PrefixIndex::Insert(const PrefixRoot& root, EntryId parent, std::span<const TokenId> tokens,
+                            std::span<const BlockId> blocks, std::span<const float> scales, int cap) {
   EntryId id;
   if (free_.empty()) {
     id = EntryId(static_cast<int32_t>(entries_.size()));
@@ -42,11 +42,12 @@ EntryId PrefixIndex::Insert(DomainId domain, EntryId parent, std::span<const Tok
   }
   PrefixEntry& entry = (*this)[id];
   entry = PrefixEntry();
-  entry.domain = domain;
+  entry.root = root;
   entry.parent = parent;
-  entry.hash = Hash(domain, parent, tokens);
+  entry.hash = Hash(root, parent, tokens);
   entry.tokens.assign(tokens.begin(), tokens.end());
   entry.blocks.assign(blocks.begin(), blocks.end());
+  entry.scales.assign(scales.begin(), scales.end());
   entry.cap = static_cast<uint8_t>(cap);
   entry.stripped = !std::ranges::all_of(blocks, [](BlockId block) { return block.valid(); });
   auto [bucket, inserted] = buckets_.try_emplace(entry.hash, id);
@@ -104,10 +105,10 @@ void PrefixIndex::CheckIntegrity() const {
   size_t unused = 0;
   size_t bytes = 0;
   ForEach([&](EntryId id, const PrefixEntry& entry) {
-    CHECK(Find(entry.domain, entry.parent, entry.tokens) == id);
+    CHECK(Find(entry.root, entry.parent, entry.tokens) == id);
     if (entry.parent.valid()) {
       const PrefixEntry& parent = (*this)[entry.parent];
-      CHECK(!parent.tokens.empty() && parent.domain == entry.domain && parent.users >= entry.users);
+      CHECK(!parent.tokens.empty() && parent.root == entry.root && parent.users >= entry.users);
       ++children[entry.parent.index()];
     }
     unused += entry.users == 0;

@@ -1,7 +1,8 @@
 // PrefixIndex: sealed logical blocks by content, a tree of hash chains.
 //
-// An entry is one logical block after one particular chain of blocks in one fusion domain. It is found by a keyed hash
-// of (domain, parent, tokens) and verified token by token, so a hit is never a guess.
+// An entry is one logical block after one particular chain of blocks in one fusion domain, in one of two trees: the
+// exact one, and the lossy one whose blocks may be representatives of others. It is found by a keyed hash of (domain,
+// tree, parent, tokens) and verified token by token, so a hit is never a guess.
 //
 // Entries that no sequence uses stand in a queue in order of last use, each behind its children, so the front of the
 // queue is always a leaf and eviction takes it in constant time.
@@ -21,12 +22,21 @@ namespace jointkv::kv {
 
 using EntryId = Id<struct EntryTag>;
 
-struct PrefixEntry {
+// Where a chain starts.
+struct PrefixRoot {
   DomainId domain;
+  bool lossy = false;
+
+  bool operator==(const PrefixRoot&) const = default;
+};
+
+struct PrefixEntry {
+  PrefixRoot root;
   EntryId parent;  // invalid: the block starts its sequence
   uint64_t hash = 0;
   std::vector<TokenId> tokens;
   std::vector<BlockId> blocks;  // by TableIndex; invalid: stripped (a window layer's block given back)
+  std::vector<float> scales;    // by TableIndex; empty: all 1
   uint8_t cap = 0;
   bool stripped = false;
   bool queued_for_strip = false;
@@ -42,10 +52,10 @@ class PrefixIndex {
   // hash_mask narrows the hash, so that tests can make entries collide.
   explicit PrefixIndex(uint64_t key, uint64_t hash_mask = ~uint64_t{0}) : key_(key), hash_mask_(hash_mask) {}
 
-  EntryId Find(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const;
+  EntryId Find(const PrefixRoot& root, EntryId parent, std::span<const TokenId> tokens) const;
   // Adds an entry with one user. It must not exist yet.
-  EntryId Insert(DomainId domain, EntryId parent, std::span<const TokenId> tokens, std::span<const BlockId> blocks,
-                 int cap);
+  EntryId Insert(const PrefixRoot& root, EntryId parent, std::span<const TokenId> tokens,
+                 std::span<const BlockId> blocks, std::span<const float> scales, int cap);
   // Removes an entry without children and users.
   void Remove(EntryId id);
 
@@ -71,7 +81,7 @@ class PrefixIndex {
   }
 
  private:
-  uint64_t Hash(DomainId domain, EntryId parent, std::span<const TokenId> tokens) const;
+  uint64_t Hash(const PrefixRoot& root, EntryId parent, std::span<const TokenId> tokens) const;
   void Unlink(EntryId id);
   void LinkNewest(EntryId id);
 

@@ -17,23 +17,23 @@ using Tokens = std::vector<TokenId>;
 
 TEST(PrefixIndex, FindsByDomainParentAndTokens) {
   PrefixIndex index(1);
-  const EntryId root = index.Insert(kDomain, EntryId(), Tokens{1, 2, 3, 4}, kBlocks, 4);
-  const EntryId child = index.Insert(kDomain, root, Tokens{1, 2, 3, 4}, kBlocks, 4);
-  EXPECT_EQ(index.Find(kDomain, EntryId(), Tokens{1, 2, 3, 4}), root);
-  EXPECT_EQ(index.Find(kDomain, root, Tokens{1, 2, 3, 4}), child);
-  EXPECT_FALSE(index.Find(DomainId(1), EntryId(), Tokens{1, 2, 3, 4}).valid());
-  EXPECT_FALSE(index.Find(kDomain, child, Tokens{1, 2, 3, 4}).valid());
-  EXPECT_FALSE(index.Find(kDomain, EntryId(), Tokens{1, 2, 3}).valid());
-  EXPECT_FALSE(index.Find(kDomain, EntryId(), Tokens{1, 2, 3, 5}).valid());
+  const EntryId root = index.Insert({kDomain}, EntryId(), Tokens{1, 2, 3, 4}, kBlocks, {}, 4);
+  const EntryId child = index.Insert({kDomain}, root, Tokens{1, 2, 3, 4}, kBlocks, {}, 4);
+  EXPECT_EQ(index.Find({kDomain}, EntryId(), Tokens{1, 2, 3, 4}), root);
+  EXPECT_EQ(index.Find({kDomain}, root, Tokens{1, 2, 3, 4}), child);
+  EXPECT_FALSE(index.Find({DomainId(1)}, EntryId(), Tokens{1, 2, 3, 4}).valid());
+  EXPECT_FALSE(index.Find({kDomain}, child, Tokens{1, 2, 3, 4}).valid());
+  EXPECT_FALSE(index.Find({kDomain}, EntryId(), Tokens{1, 2, 3}).valid());
+  EXPECT_FALSE(index.Find({kDomain}, EntryId(), Tokens{1, 2, 3, 5}).valid());
   EXPECT_EQ(index.size(), 2u);
   index.CheckIntegrity();
 }
 
 TEST(PrefixIndex, MarksEntriesWithMissingBlocksStripped) {
   PrefixIndex index(1);
-  EXPECT_FALSE(index[index.Insert(kDomain, EntryId(), Tokens{1}, kBlocks, 4)].stripped);
-  EXPECT_TRUE(
-      index[index.Insert(kDomain, EntryId(), Tokens{2}, std::vector<BlockId>{BlockId(1), BlockId()}, 4)].stripped);
+  EXPECT_FALSE(index[index.Insert({kDomain}, EntryId(), Tokens{1}, kBlocks, {}, 4)].stripped);
+  EXPECT_TRUE(index[index.Insert({kDomain}, EntryId(), Tokens{2}, std::vector<BlockId>{BlockId(1), BlockId()}, {}, 4)]
+                  .stripped);
 }
 
 // A hash of one value for all: only the comparison of tokens, parents and domains keeps entries apart.
@@ -41,16 +41,16 @@ TEST(PrefixIndex, CollidingEntriesStayApart) {
   PrefixIndex index(1, 0);
   std::vector<EntryId> entries;
   for (int i = 0; i < 20; ++i)
-    entries.push_back(index.Insert(DomainId(i % 3), EntryId(), Tokens{i, 5, 6, 7}, kBlocks, 4));
-  const EntryId child = index.Insert(DomainId(1), entries[1], Tokens{1, 5, 6, 7}, kBlocks, 4);
-  EXPECT_FALSE(index.Find(DomainId(0), EntryId(), Tokens{1, 5, 6, 7}).valid());
-  EXPECT_EQ(index.Find(DomainId(1), entries[1], Tokens{1, 5, 6, 7}), child);
+    entries.push_back(index.Insert({DomainId(i % 3)}, EntryId(), Tokens{i, 5, 6, 7}, kBlocks, {}, 4));
+  const EntryId child = index.Insert({DomainId(1)}, entries[1], Tokens{1, 5, 6, 7}, kBlocks, {}, 4);
+  EXPECT_FALSE(index.Find({DomainId(0)}, EntryId(), Tokens{1, 5, 6, 7}).valid());
+  EXPECT_EQ(index.Find({DomainId(1)}, entries[1], Tokens{1, 5, 6, 7}), child);
   index.DropUser(child);
   std::mt19937 random(1);
   while (!entries.empty()) {
     for (const EntryId id : entries) {
       const PrefixEntry& entry = index[id];
-      ASSERT_EQ(index.Find(entry.domain, entry.parent, entry.tokens), id);
+      ASSERT_EQ(index.Find(entry.root, entry.parent, entry.tokens), id);
     }
     const size_t i = random() % entries.size();
     const EntryId id = entries[i];
@@ -69,9 +69,9 @@ TEST(PrefixIndex, CollidingEntriesStayApart) {
 
 TEST(PrefixIndex, UnusedEntriesQueueByLastUseLeavesFirst) {
   PrefixIndex index(1);
-  const EntryId a = index.Insert(kDomain, EntryId(), Tokens{1}, kBlocks, 4);
-  const EntryId b = index.Insert(kDomain, a, Tokens{2}, kBlocks, 4);
-  const EntryId c = index.Insert(kDomain, EntryId(), Tokens{3}, kBlocks, 4);
+  const EntryId a = index.Insert({kDomain}, EntryId(), Tokens{1}, kBlocks, {}, 4);
+  const EntryId b = index.Insert({kDomain}, a, Tokens{2}, kBlocks, {}, 4);
+  const EntryId c = index.Insert({kDomain}, EntryId(), Tokens{3}, kBlocks, {}, 4);
   EXPECT_FALSE(index.oldest_unused().valid());
   index.DropUser(b);
   EXPECT_EQ(index.oldest_unused(), b);
@@ -97,7 +97,7 @@ TEST(PrefixIndex, UnusedEntriesQueueByLastUseLeavesFirst) {
 TEST(PrefixIndex, ReusesIdsOfRemovedEntries) {
   PrefixIndex index(1);
   for (int i = 0; i < 100; ++i) {
-    const EntryId id = index.Insert(kDomain, EntryId(), Tokens{i}, kBlocks, 4);
+    const EntryId id = index.Insert({kDomain}, EntryId(), Tokens{i}, kBlocks, {}, 4);
     index.DropUser(id);
     index.Remove(id);
   }
@@ -107,8 +107,8 @@ TEST(PrefixIndex, ReusesIdsOfRemovedEntries) {
 
 TEST(PrefixIndexDeathTest, OnlyUnusedLeavesMayGo) {
   PrefixIndex index(1);
-  const EntryId a = index.Insert(kDomain, EntryId(), Tokens{1}, kBlocks, 4);
-  const EntryId b = index.Insert(kDomain, a, Tokens{2}, kBlocks, 4);
+  const EntryId a = index.Insert({kDomain}, EntryId(), Tokens{1}, kBlocks, {}, 4);
+  const EntryId b = index.Insert({kDomain}, a, Tokens{2}, kBlocks, {}, 4);
   EXPECT_DEATH(index.Remove(b), "users");
   index.DropUser(b);
   index.DropUser(a);
@@ -131,13 +131,13 @@ TEST(PrefixIndex, RandomOperationsAgainstAMap) {
         const EntryId parent = chain.empty() ? EntryId() : chain.back();
         const Tokens tokens(1 + random() % 2, static_cast<TokenId>(random() % 3));
         const auto known = model.find({domain, parent.value, tokens});
-        const EntryId found = index.Find(DomainId(domain), parent, tokens);
+        const EntryId found = index.Find({DomainId(domain)}, parent, tokens);
         ASSERT_EQ(found, known == model.end() ? EntryId() : known->second);
         if (found.valid()) {
           index.AddUser(found);
           chain.push_back(found);
         } else {
-          chain.push_back(index.Insert(DomainId(domain), parent, tokens, kBlocks, 4));
+          chain.push_back(index.Insert({DomainId(domain)}, parent, tokens, kBlocks, {}, 4));
           model[{domain, parent.value, tokens}] = chain.back();
         }
       }
@@ -148,7 +148,7 @@ TEST(PrefixIndex, RandomOperationsAgainstAMap) {
       chains.pop_back();
     } else if (const EntryId oldest = index.oldest_unused(); oldest.valid()) {
       const PrefixEntry& entry = index[oldest];
-      model.erase({entry.domain.value, entry.parent.value, entry.tokens});
+      model.erase({entry.root.domain.value, entry.parent.value, entry.tokens});
       index.Remove(oldest);
     }
     ASSERT_EQ(index.size(), model.size());

@@ -10,13 +10,18 @@ namespace jointkv::kv {
 // Tables are one array of rows, each `table_capacity` ids long, so that a kernel walks one row contiguously.
 struct KvCache::Sequence {
   DomainId domain;
+  bool lossy = false;  // its blocks may be redirected; its prefixes are those of other lossy sequences
   std::vector<TokenId> tokens;
   std::vector<LogicalBlock> blocks;
   std::vector<BlockId> tables;  // [table][table_capacity]
+  std::vector<float> scales;    // same shape; empty without Options::scales
   int table_capacity = 0;       // logical blocks
+  int max_tokens = 0;           // what tables are to have room for
   int committed = 0;            // tokens whose K and V are in place
   std::vector<EntryId> chain;   // index entries of the leading sealed blocks
   std::vector<int> released;    // per layer: leading blocks that have left the window
+
+  PrefixRoot root() const { return {domain, lossy}; }
 };
 
 }  // namespace jointkv::kv

@@ -60,6 +60,9 @@ class Model {
   int quantised_rows() const { return quantised_rows_; }
   dense::Precision precision() const { return linear_options_.precision; }
   size_t packed_bytes() const { return packed_bytes_; }
+  // As far as EnsurePositions reached; its entries are multiplied by RopeMagnitude.
+  const dense::RopeTable& RopeOfLayer(int layer) const { return hp_.is_swa_layer[layer] ? rope_swa_ : rope_; }
+  float RopeMagnitude(int layer) const { return hp_.rope_of_layer(layer).magnitude(); }
 
   // For the architectures' own classes; use Load.
   Model(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOptions& options, ThreadPool& pool);
@@ -91,8 +94,6 @@ class Model {
   // Moves the given rows of x (rows, d_model) and `other` to the front; returns how many.
   int KeepRows(std::span<const int> rows, float* x, const dense::Activations& other);
   dense::Activations Shrink(const dense::Activations& x, int rows) const;
-  const dense::RopeTable& RopeOfLayer(int layer) const { return hp_.is_swa_layer[layer] ? rope_swa_ : rope_; }
-  float RopeMagnitude(int layer) const { return hp_.rope_of_layer(layer).magnitude(); }
   float* x() { return reinterpret_cast<float*>(x_.data()); }
   float* qkv() { return reinterpret_cast<float*>(qkv_.data()); }
 

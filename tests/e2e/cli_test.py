@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import unittest
+import xml.etree.ElementTree
 
 TIMEOUT_S = 300
 SKIPPED = 77
@@ -22,7 +23,7 @@ KV = ["--kv-bytes", "256M"]
 
 PROMPTS = [
     {"prompt": "The capital of France is"},
-    {"prompt": "Water boils at a temperature of"},
+    {"prompt": "Water boils at a temperature of", "kv_fusion": "off"},
     {"prompt": "def fibonacci(n):\n", "stop": ["\n\n"]},
     {"prompt": "Once upon a time, in a village by the sea,", "temperature": 0.8, "seed": 1},
     {"messages": [{"role": "user", "content": "Name three colours."}]},
@@ -220,6 +221,105 @@ class Chat(Case):
                 seen += os.read(terminal, 4096).decode("utf-8", "replace")
 
 
+class Eval(Case):
+    SMALL = ["--requests", 3, "--documents", 3, "--pool", 4, "--seeds", 1, "--continuation", 8]
+    FIELDS = ["workload", "model", "policy", "budget", "similarity", "threshold", "cosine_scope", "kv_type",
+              "simulated", "requests", "tokens", "prompt_tokens", "seeds", "compression", "compression_spread",
+              "exact_factor", "fusion_factor", "codec_factor", "bytes_held", "metadata_bytes", "logical_bytes",
+              "all_resident", "kl_mean", "kl_mean_spread", "kl_p99", "top1", "ppl_ratio", "equal_token_share",
+              "worst_nmse", "blocks_offered", "blocks_fused", "blocks_rejected", "fusion_s", "fusion_share",
+              "prefill_tok_s", "decode_tok_s", "preemptions"]
+
+    def test_settings_against_the_exact_cache(self):
+        output, plot = self.scratch / "out.json", self.scratch / "out.svg"
+        done = run("eval", *self.SMALL, "--policy", "off,bounded", "--kv-budget", "0.02,0.2", "--kv-type", "bf16,q4",
+                   "--json", output, "--plot", plot, *KV)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertRegex(done.stdout, r"(?m)^bounded 0.2 +bf16")
+        self.assertIn("no storage yet", done.stdout)
+        told = json.loads(output.read_text())
+        results = told["results"]
+        self.assertEqual([(r["policy"], r["budget"], r["kv_type"], r["simulated"]) for r in results],
+                         [("off", None, "bf16", False), ("bounded", 0.02, "bf16", False),
+                          ("bounded", 0.2, "bf16", False), ("off", None, "q4", True), ("bounded", 0.02, "q4", True),
+                          ("bounded", 0.2, "q4", True)])
+        for result in results:
+            self.assertEqual(list(result), self.FIELDS)
+            self.assertEqual((result["tokens"], result["requests"], result["seeds"]), (24, 3, [1]))
+            self.assertTrue(result["all_resident"])
+            self.assertAlmostEqual(result["compression"], result["exact_factor"] * result["fusion_factor"] *
+                                   result["codec_factor"])
+            self.assertLessEqual(result["worst_nmse"], (result["budget"] or 0) * 1.0001)
+        # The exact cache against itself.
+        self.assertLess(results[0]["kl_mean"], 1e-3)
+        self.assertAlmostEqual(results[0]["fusion_factor"], 1, delta=0.01)
+        self.assertGreater(results[3]["codec_factor"], 3)
+        self.assertGreater(results[3]["kl_mean"], results[0]["kl_mean"])
+        self.assertEqual(xml.etree.ElementTree.parse(plot).getroot().tag, "{http://www.w3.org/2000/svg}svg")
+
+    def test_workloads(self):
+        for workload in ("unique", "few-shot", "system-prompt", "wiki", "samples"):
+            done = run("eval", "--workload", workload, *self.SMALL, "--policy", "off", "--json", "-", *KV)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            result = json.loads(done.stdout)["results"][0]
+            self.assertEqual((result["workload"], result["tokens"]), (workload, 24))
+
+    def test_task(self):
+        for task in ("gsm8k", "nq"):
+            done = run("eval", "--task", task, "--requests", 3, "--documents", 2, "--pool", 3, "--seeds", 2,
+                       "--max-tokens", 4, "--policy", "off", "--json", "-", *KV)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            result = json.loads(done.stdout)["results"][0]
+            self.assertEqual((result["task"], result["questions"]), (task, 6))
+            self.assertEqual(result["accuracy"], result["right"] / 6)
+
+    def test_analyze(self):
+        output, plot = self.scratch / "out.json", self.scratch / "out.svg"
+        done = run("analyze", "--requests", 3, "--documents", 3, "--pool", 4, "--pairs", 20, "--json", output, "--plot",
+                   plot, *KV)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("NMSE of K", done.stdout)
+        told = json.loads(output.read_text())
+        self.assertGreater(told["equal_pairs"], 0)
+        layers = json.loads(run("inspect", "--json", MODEL).stdout)["hyperparameters"]["n_layers"]
+        self.assertEqual([(r["layer"], r["kind"]) for r in told["results"]],
+                         [(layer, kind) for layer in range(layers) for kind in "KV"])
+        first, last = told["results"][0], told["results"][-2]
+        self.assertLess(first["nmse"]["equal"]["p95"], 0.01)
+        self.assertGreater(last["nmse"]["random"]["p50"], last["nmse"]["equal"]["p95"])
+        self.assertEqual(xml.etree.ElementTree.parse(plot).getroot().tag, "{http://www.w3.org/2000/svg}svg")
+
+    def test_interrupt(self):
+        with subprocess.Popen([PROGRAM, "eval", "--requests", "16", "--seeds", "50", "--kv-bytes", "1G"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as child:
+            self.addCleanup(child.kill)
+            time.sleep(5)
+            child.send_signal(signal.SIGINT)
+            output, errors = child.communicate(timeout=180)
+        self.assertEqual((child.returncode, output), (130, ""), errors)
+        self.assertIn("interrupted", errors)
+
+    def test_usage_errors(self):
+        self.assert_usage("--workload", "eval", "--workload", "nonsense")
+        self.assert_usage("--policy", "eval", "--policy", "off,nonsense")
+        self.assert_usage("--kv-budget", "eval", "--kv-budget", "0.1,2")
+        self.assert_usage("--kv-budget: --policy has no bounded", "eval", "--policy", "off", "--kv-budget", "0.1")
+        self.assert_usage("--kv-threshold: --policy has no cosine", "eval", "--kv-threshold", "0.8")
+        self.assert_usage("--kv-type", "eval", "--kv-type", "q5")
+        self.assert_usage("--cosine-scope", "eval", "--cosine-scope", "all")
+        self.assert_usage("documents 8: more than the pool of 2", "eval", "--pool", 2)
+        self.assert_usage("/nonexistent.jsonl", "eval", "--docs", "/nonexistent.jsonl")
+        self.assert_usage("gsm8k asks with few-shot", "eval", "--task", "gsm8k", "--workload", "wiki")
+        self.assert_usage("--max-tokens: only with --task", "eval", "--max-tokens", 5)
+        self.assert_usage("--plot: not with --task", "eval", "--task", "nq", "--plot", "x.svg")
+        self.assert_usage("--deterministic: only with --policy off", "eval", "--deterministic")
+        self.assert_usage("make setup", "eval", "-m", "/nonexistent.gguf")
+        self.assert_usage("make setup", "analyze", "-m", "/nonexistent.gguf")
+        self.assert_usage("/nonexistent.jsonl", "analyze", "--docs", "/nonexistent.jsonl")
+        self.assert_usage("--kv-fusion", "generate", "--prompt", "a", "--kv-fusion", "perhaps")
+        self.assert_usage("--kv-budget", "generate", "--prompt", "a", "--kv-budget", "0")
+
+
 class Others(Case):
     def test_version(self):
         done = run("--version")
@@ -231,7 +331,7 @@ class Others(Case):
 
     def test_help(self):
         for command in (["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"],
-                        ["bench", "engine", "--help"], ["demo", "--help"]):
+                        ["bench", "engine", "--help"], ["demo", "--help"], ["eval", "--help"], ["analyze", "--help"]):
             done = run(*command)
             self.assertEqual((done.returncode, done.stderr), (0, ""), command)
             self.assertIn("Usage: jointkv", done.stdout)

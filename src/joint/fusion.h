@@ -1,0 +1,86 @@
+// Fusion: joint encoding of similar KV blocks. Decides which sealed blocks share one representative.
+//
+// The contract (candidates, bound, ownership) is joint/README.md; the method and its theory docs/joint-encoding.md.
+//
+// Threads: called by one thread (the engine's) between steps, works on the pool's. Owns: the table of representatives;
+// their bytes belong to the block store. Fails how: never; what does not fit the bound stays private.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "codec/rounding.h"
+#include "joint/policy.h"
+#include "joint/representatives.h"
+#include "joint/statistics.h"
+#include "kv/kv_cache.h"
+
+namespace jointkv::joint {
+
+class Fusion {
+ public:
+  // The store and the tables that its keys are rotated with (by layer; null: not rotated) must outlive it. rounding:
+  // what private blocks are rounded to once sealed, for evaluations.
+  Fusion(const FusionOptions& options, codec::Rounding rounding, std::vector<const dense::RopeTable*> rope,
+         kv::KvCache& cache, ThreadPool& pool);
+
+  // How a new sequence is to be created.
+  kv::KvCache::Sharing SharingOf(bool request_allows) const;
+
+  // The blocks [sealed.first, sealed.last) of a sequence, just sealed by Commit.
+  void OnSealed(SequenceId sequence, kv::SealedRange sealed);
+
+  // Forgets representatives whose last owner is gone. OnSealed begins with it.
+  void DropReleased();
+
+  // Off: nothing is fused from now on; what is fused stays so.
+  void set_enabled(bool enabled) { enabled_ = enabled; }
+  bool enabled() const { return enabled_ && options_.policy != Policy::kOff; }
+
+  FusionStats stats() const;
+  // The mean energy of a token in this table, which distortion is relative to; 0 before anything was sealed.
+  double energy(int table) const { return statistics_.energy(table); }
+  // CHECKs that representatives live, are of one domain and class with their group, and within the budget. Slow.
+  void CheckIntegrity() const;
+
+ private:
+  // What becomes of one sealed physical block.
+  struct Decision {
+    enum class Kind : uint8_t { kLeave, kStay, kFuse } kind = Kind::kLeave;
+    BlockId target;         // kFuse
+    bool rejected = false;  // kStay: had candidates
+    float bound = 0;        // the member's (kFuse), or the block's own distance to what it was (kStay)
+  };
+  struct Sealed {
+    int index = 0;  // logical block
+    GroupId group;
+  };
+
+  void CollectSealed(SequenceId sequence, kv::SealedRange range);
+  Decision Decide(SequenceId sequence, int table, const Sealed& sealed, std::byte* scratch);
+  Decision Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, std::byte* scratch);
+  // Distance in the policy's measure: sqrt(NMSE).
+  double Distance(int table, std::span<const float, codec::kBlockTokensMax> squares, int tokens) const;
+  double Between(int table, const std::byte* a, const std::byte* b, int cap, int tokens) const;
+  void Round(int table, std::byte* block, int cap, int base, int tokens) const;
+  void Redirect(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
+  void Keep(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
+
+  FusionOptions options_;
+  codec::Rounding rounding_;
+  kv::KvCache& cache_;
+  ThreadPool& pool_;
+  bool enabled_ = true;
+  bool measured_ = false;  // statistics are full
+  Statistics statistics_;
+  Representatives representatives_;
+  std::vector<float> inverse_energy_;  // (tables), once measured
+  std::vector<Sealed> sealed_;         // the present call's
+  std::vector<Decision> decisions_;    // (tables, sealed)
+  std::vector<BlockId> released_;
+  std::vector<std::byte> scratch_;  // (threads, 2 blocks)
+  FusionStats stats_;
+};
+
+}  // namespace jointkv::joint

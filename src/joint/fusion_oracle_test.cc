@@ -1,0 +1,327 @@
+// Store and fusion together against originals, under random operations: sequences of several domains, exact and lossy,
+// that append, seal, fuse, fork, are freed, cancelled and evicted, while fusion is switched off and on.
+//
+// Contents (what a model would compute) are a function of the history, and close to a function of the last token alone:
+// equal tokens in another context differ by little, by more than the budget now and then. So the oracle can compute
+// every original at any time, and hold each stored block against it: exact sequences bit for bit, lossy ones within the
+// budget. JOINTKV_ORACLE_OPS sets the number of operations.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "codec/block_io.h"
+#include "joint/fusion.h"
+#include "kv/test_content.h"
+
+namespace jointkv::joint {
+namespace {
+
+using codec::Kind;
+using kv::KvCache;
+
+constexpr int kOperations = 1'000'000;  // over all configurations
+constexpr int kConfigs = 5;
+constexpr int kSequencesMax = 10;
+constexpr int kTokensMax = 96;
+constexpr int kDomains = 2;
+constexpr int kVocabulary = 6;  // token 0 ends a block
+
+struct Config {
+  const char* name;
+  codec::BlockLayout layout;
+  std::vector<int> window;
+  int slabs;
+  bool prefix_cache;
+  FusionOptions options;
+  uint32_t seed;
+};
+
+struct Mirror {
+  SequenceId id;
+  DomainId domain;
+  bool lossy = false;
+  std::vector<TokenId> tokens;
+  std::vector<uint64_t> histories;
+  std::vector<TokenId> todo;  // prompt tokens not yet appended
+  int committed = 0;
+  bool pending = false;  // appended and written, not committed
+};
+
+class Run {
+ public:
+  explicit Run(const Config& config) : config_(config), random_(config.seed), pool_(2) {
+    KvCache::Options options;
+    options.cap_bytes = config.slabs * kv::kSlabGranules * config.layout.granule_bytes();
+    options.prefix_cache = config.prefix_cache;
+    auto cache = KvCache::Create({config.layout, config.window}, kv::BlockCutter({1}), options);
+    CHECK(cache.ok());
+    cache_ = std::move(cache).value();
+    fusion_ = std::make_unique<Fusion>(config.options, codec::Rounding::kNone,
+                                       std::vector<const dense::RopeTable*>(config.window.size()), *cache_, pool_);
+    for (auto& phrase : phrases_) {
+      phrase = RandomTokens(4 + Below(20));
+      phrase.push_back(0);
+    }
+    scratch_.resize(config.layout.block_bytes(codec::kBlockTokensMax));
+  }
+
+  void Go(int operations) {
+    for (operation_ = 0; operation_ < operations && !testing::Test::HasFailure(); ++operation_) {
+      while (!Step()) {
+      }
+      cache_->CheckIntegrity();
+      if (operation_ % 16 == 0) fusion_->CheckIntegrity();
+      if (operation_ % 64 != 0) continue;
+      for (const Mirror& m : mirrors_) CheckContent(m);
+    }
+    EXPECT_FALSE(testing::Test::HasFailure())
+        << config_.name << ", seed " << config_.seed << ", operation " << operation_;
+    Finish();
+  }
+
+ private:
+  int Below(int n) { return static_cast<int>(random_() % static_cast<uint32_t>(n)); }
+  std::vector<TokenId> RandomTokens(int n) {
+    std::vector<TokenId> tokens(n);
+    for (TokenId& token : tokens) token = 1 + Below(kVocabulary - 1);
+    return tokens;
+  }
+
+  bool Step() {
+    const int draw = Below(1000);
+    if (draw < 120) return Create();
+    if (draw < 480) return Append();
+    if (draw < 860) return Commit();
+    if (draw < 910) return Fork();
+    if (draw < 970) return Free(false);
+    if (draw < 990) return Free(true);  // cancelled in mid-step
+    if (draw < 996) return Switch();
+    cache_->DropPrefixCache();
+    EXPECT_EQ(cache_->stats().used_bytes, cache_->stats().running_bytes);
+    return true;
+  }
+
+  Mirror* Pick(auto&& suits) {
+    std::vector<Mirror*> found;
+    for (Mirror& m : mirrors_) {
+      if (suits(m)) found.push_back(&m);
+    }
+    return found.empty() ? nullptr : found[Below(static_cast<int>(found.size()))];
+  }
+
+  bool Create() {
+    if (mirrors_.size() == kSequencesMax) return false;
+    Mirror m;
+    m.domain = DomainId(Below(kDomains));
+    // A few phrases in any order: equal blocks in different contexts, and prefixes of every depth.
+    std::vector<TokenId> prompt = RandomTokens(Below(2) * Below(3));
+    for (int phrases = 1 + Below(4); phrases > 0; --phrases) {
+      const auto& phrase = phrases_[Below(prompt.empty() ? 2 : static_cast<int>(std::size(phrases_)))];
+      prompt.insert(prompt.end(), phrase.begin(), phrase.end());
+    }
+    prompt.resize(std::min<size_t>(prompt.size(), kTokensMax - 8));
+    prompt.push_back(1);
+    const KvCache::Sharing sharing = fusion_->SharingOf(Below(4) != 0);
+    m.lossy = sharing == KvCache::Sharing::kLossy;
+    m.id = cache_->Create(m.domain, 1 + Below(kTokensMax), sharing);
+    const int adopted = cache_->AdoptPrefix(m.id, prompt);
+    adoptions_ += adopted > 0;
+    Extend(m, std::span(prompt).first(adopted));
+    m.todo.assign(prompt.begin() + adopted, prompt.end());
+    m.committed = adopted;
+    mirrors_.push_back(std::move(m));
+    CheckContent(mirrors_.back());
+    return true;
+  }
+
+  void Extend(Mirror& m, std::span<const TokenId> tokens) {
+    for (const TokenId token : tokens) {
+      const uint64_t before = m.histories.empty() ? kv::HistoryStart(m.domain) : m.histories.back();
+      m.histories.push_back(kv::HistoryAfter(before, token));
+      m.tokens.push_back(token);
+    }
+  }
+
+  bool Append() {
+    Mirror* m = Pick([](const Mirror& x) { return !x.pending && static_cast<int>(x.tokens.size()) < kTokensMax; });
+    if (m == nullptr) return false;
+    std::vector<TokenId> tokens;
+    if (m->todo.empty()) {
+      tokens = Below(3) > 0 ? RandomTokens(1) : phrases_[Below(static_cast<int>(std::size(phrases_)))];
+    } else {
+      tokens.assign(m->todo.begin(), m->todo.begin() + std::min<int>(static_cast<int>(m->todo.size()), 1 + Below(60)));
+    }
+    if (!cache_->Append(m->id, tokens)) {
+      ++failures_;
+      return true;
+    }
+    if (!m->todo.empty()) m->todo.erase(m->todo.begin(), m->todo.begin() + static_cast<ptrdiff_t>(tokens.size()));
+    const int from = static_cast<int>(m->tokens.size());
+    Extend(*m, tokens);
+    WriteFrom(*m, from);
+    m->pending = true;
+    return true;
+  }
+
+  // |x| about 1 a channel, and up to a quarter of that from the context: how much, is the sequence's.
+  void Original(const Mirror& m, int position, int table, std::span<float> values) {
+    kv::FillContent(kv::MixContent(17, static_cast<uint32_t>(m.tokens[position])), table, values);
+    noise_.resize(values.size());
+    kv::FillContent(m.histories[position], table, noise_);
+    const float amplitude = static_cast<float>(m.histories[0] / 7 % 5) * 0.06F;
+    for (size_t i = 0; i < values.size(); ++i) values[i] = (values[i] + amplitude * noise_[i]) / 74;
+  }
+
+  void WriteFrom(const Mirror& m, int from) {
+    std::vector<float> values(kv::ContentWidth(*cache_));
+    const auto blocks = cache_->blocks(m.id);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      for (int token = std::max(0, from - blocks[i].start); token < blocks[i].tokens; ++token) {
+        for (int table = 0; table < cache_->shape().n_tables(); ++table) {
+          const auto kind = static_cast<Kind>(table % 2);
+          Original(m, blocks[i].start + token, table, values);
+          codec::StoreToken(config_.layout, kind, cache_->data(cache_->table(m.id, table / 2, kind)[i]), blocks[i].cap,
+                            token, values);
+        }
+      }
+    }
+  }
+
+  bool Commit() {
+    Mirror* m = Pick([](const Mirror& x) { return x.pending; });
+    if (m == nullptr) return false;
+    fusion_->OnSealed(m->id, cache_->Commit(m->id));
+    m->pending = false;
+    m->committed = static_cast<int>(m->tokens.size());
+    CheckContent(*m);
+    return true;
+  }
+
+  bool Fork() {
+    if (mirrors_.size() == kSequencesMax) return false;
+    const Mirror* source = Pick([](const Mirror& x) { return !x.pending; });
+    if (source == nullptr) return false;
+    Mirror child = *source;
+    child.id = cache_->Fork(source->id, 1 + Below(kTokensMax));
+    mirrors_.push_back(std::move(child));
+    return true;
+  }
+
+  bool Free(bool in_step) {
+    Mirror* m = Pick([&](const Mirror& x) { return x.pending == in_step; });
+    if (m == nullptr) return false;
+    cache_->Free(m->id);
+    if (m != &mirrors_.back()) *m = std::move(mirrors_.back());
+    mirrors_.pop_back();
+    return true;
+  }
+
+  bool Switch() {
+    fusion_->set_enabled(!fusion_->enabled());
+    return true;
+  }
+
+  // Every committed vector that the sequence may still look back on, against its original.
+  void CheckContent(const Mirror& m) {
+    const auto blocks = cache_->blocks(m.id);
+    std::vector<float> original(kv::ContentWidth(*cache_));
+    std::vector<float> stored(original.size());
+    for (int table = 0; table < cache_->shape().n_tables(); ++table) {
+      const auto kind = static_cast<Kind>(table % 2);
+      const BlockId* row = cache_->table(m.id, table / 2, kind);
+      for (size_t i = 0; i < blocks.size() && blocks[i].start < m.committed; ++i) {
+        if (!row[i].valid()) continue;
+        const int tokens = std::min<int>(blocks[i].tokens, m.committed - blocks[i].start);
+        double squares = 0;
+        for (int token = 0; token < tokens; ++token) {
+          Original(m, blocks[i].start + token, table, original);
+          codec::StoreToken(config_.layout, kind, scratch_.data(), codec::kBlockTokensMax, 0, original);
+          codec::LoadToken(config_.layout, kind, scratch_.data(), codec::kBlockTokensMax, 0, original);
+          codec::LoadToken(config_.layout, kind, cache_->data(row[i]), blocks[i].cap, token, stored);
+          for (size_t c = 0; c < stored.size(); ++c) squares += std::pow(stored[c] - original[c], 2);
+        }
+        if (!m.lossy || !blocks[i].sealed) {
+          EXPECT_EQ(squares, 0) << "block " << i << " of table " << table;
+          continue;
+        }
+        if (squares == 0) continue;
+        const double nmse = squares / (tokens * fusion_->energy(table));
+        EXPECT_LE(nmse, config_.options.budget * (1 + 1e-4)) << "block " << i << " of table " << table;
+        worst_ = std::max(worst_, nmse);
+      }
+    }
+  }
+
+  void Finish() {
+    for (const Mirror& m : mirrors_) cache_->Free(m.id);
+    cache_->DropPrefixCache();
+    cache_->CheckIntegrity();
+    const kv::KvStats store = cache_->stats();
+    EXPECT_EQ(store.used_bytes, 0u);
+    EXPECT_EQ(store.held_bytes, 0u);
+    EXPECT_EQ(store.running_bytes, 0u);
+    fusion_->DropReleased();
+    const FusionStats stats = fusion_->stats();
+    EXPECT_EQ(stats.representatives, 0);
+    EXPECT_LE(worst_, stats.worst_nmse * (1 + 1e-4));
+    std::cout << config_.name << ": seed " << config_.seed << ", " << operation_ << " operations, " << adoptions_
+              << " adoptions, " << failures_ << " failed appends, " << stats.fused << " of " << stats.offered
+              << " blocks fused, " << stats.rejected << " rejected, worst NMSE " << worst_ << " of "
+              << config_.options.budget << "\n";
+    if (operation_ < 50'000) return;
+    EXPECT_GT(failures_, 0);
+    EXPECT_EQ(stats.fused > 0, config_.options.policy != Policy::kOff);
+    EXPECT_EQ(stats.rejected > 0, config_.options.policy != Policy::kOff);
+    EXPECT_EQ(worst_ > config_.options.budget / 2, config_.options.policy != Policy::kOff);
+  }
+
+  const Config& config_;
+  std::mt19937 random_;
+  ThreadPool pool_;
+  std::unique_ptr<KvCache> cache_;
+  std::unique_ptr<Fusion> fusion_;
+  std::vector<TokenId> phrases_[6];
+  std::vector<Mirror> mirrors_;
+  std::vector<float> noise_;
+  std::vector<std::byte> scratch_;
+  int64_t operation_ = 0;
+  int64_t adoptions_ = 0;
+  int64_t failures_ = 0;
+  double worst_ = 0;
+};
+
+void RunConfig(const Config& config) {
+  const char* text = std::getenv("JOINTKV_ORACLE_OPS");
+  const int operations = text == nullptr ? kOperations : std::atoi(text);
+  Run(config).Go((operations + kConfigs - 1) / kConfigs);
+}
+
+using codec::Codec;
+
+FusionOptions Bounded(float budget) {
+  FusionOptions options;
+  options.policy = Policy::kBounded;
+  options.budget = budget;
+  return options;
+}
+
+TEST(FusionOracle, FullAttention) { RunConfig({"full", {1, 8, Codec::kBf16}, {0, 0}, 10, true, Bounded(0.06F), 21}); }
+TEST(FusionOracle, Windows) { RunConfig({"windows", {2, 4, Codec::kF16}, {0, 12, 40}, 14, true, Bounded(0.1F), 22}); }
+TEST(FusionOracle, NoPrefixCache) {
+  RunConfig({"no prefix cache", {1, 8, Codec::kF32}, {0, 16}, 6, false, Bounded(0.04F), 23});
+}
+TEST(FusionOracle, Narrow) { RunConfig({"narrow", {1, 4, Codec::kBf16}, {0, 9}, 5, true, Bounded(0.08F), 24}); }
+TEST(FusionOracle, Off) {
+  FusionOptions off;
+  off.policy = Policy::kOff;
+  RunConfig({"off", {1, 4, Codec::kBf16}, {0}, 4, true, off, 25});
+}
+
+}  // namespace
+}  // namespace jointkv::joint

@@ -1,0 +1,46 @@
+// Statistics: the scale of K and V in each layer, against which distortion is measured.
+//
+// E = mean over tokens of |x - mean|^2, from the first kTokens tokens that the store seals, and fixed from then on: a
+// budget means the same for every block. Keys count unrotated (a rotation moves their mean, not their energy). A
+// sequence's first token is left out: many models park huge values there.
+//
+// Threads: Add and scale may run for different tables at once. Owns: sums. Fails how: never.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "codec/layout.h"
+#include "dense/rope.h"
+
+namespace jointkv::joint {
+
+class Statistics {
+ public:
+  static constexpr int kTokens = 1024;
+
+  // rope: by layer, what keys were rotated with, which must outlive it and reach to the largest position; null: not.
+  Statistics(const codec::BlockLayout& layout, std::vector<const dense::RopeTable*> rope);
+
+  // Tokens [first, last) of a block of K or V, whose token t was rotated for position base + t.
+  void Add(int table, codec::Kind kind, const std::byte* block, int cap, int base, int first, int last);
+  bool full(int table) const { return tables_[table].tokens >= kTokens; }
+
+  // E of a table; 0 before any token.
+  double energy(int table) const;
+  // The mean as it would be stored for tokens at `position` and after: (tokens, n_kv_heads * head_dim), in the channel
+  // order of codec::LoadToken.
+  void Mean(int table, codec::Kind kind, int position, int tokens, std::vector<float>& out) const;
+
+ private:
+  struct Table {
+    std::vector<double> sum;  // (channels)
+    double squares = 0;
+    int tokens = 0;
+  };
+  codec::BlockLayout layout_;
+  std::vector<const dense::RopeTable*> rope_;
+  std::vector<Table> tables_;
+};
+
+}  // namespace jointkv::joint
