@@ -165,12 +165,6 @@ void WriteSums(const Int8PanelArgs& args, int rows, const float* sums, float* c)
   }
 }
 
-inline __m512 LoadActivations(const Activations& x, int row, int i) {
-  if (x.precision == Precision::kF32) return _mm512_loadu_ps(x.f32(row) + i);
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.bf16(row) + i));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
 // The reductions of four vectors at once, which share their shuffles.
 inline __m128 LargestOfFour(const __m512 v[4]) {
   const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
@@ -188,48 +182,21 @@ inline __m128i SumOfFour(const __m512i v[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-}  // namespace
-
-void PackPanelInt8(const Int8Panel& format, const gguf::Tensor& tensor, int first_row, const float* values, int n_rows,
-                   void* panel) {
-  const GridShape& shape = format.shape;
-  const int groups = format.k / kGroup;
-  const size_t group_bytes = GroupBytes(shape);
-  auto* bytes = static_cast<std::byte*>(panel);
-  auto* out_offsets = reinterpret_cast<uint16_t*>(bytes + groups * group_bytes);
-  std::memset(panel, 0, format.bytes());
-  for (int column = 0; column < n_rows; ++column) {
-    const std::byte* row = tensor.data + (first_row + column) * ggml_row_size(tensor.type, format.k);
-    const float* weights = values + static_cast<ptrdiff_t>(column) * format.k;
-    for (int group = 0; group < groups; ++group, weights += kGroup) {
-      const Grid grid = ReadGrid(tensor.type, row, group, weights);
-      uint8_t levels[kGroup];
-      EncodeGroup(weights, grid, shape.bits, levels);
-      std::byte* out = bytes + group * group_bytes;
-      const bool high_bits = column >= kPanel / 2;
-      for (int i = 0; i < kGroup; ++i) {
-        if (shape.bits != 4) {
-          out[(i / 4 * kPanel + column) * 4 + i % 4] = std::byte{levels[i]};
-        } else {
-          out[(i / 4 * (kPanel / 2) + column % (kPanel / 2)) * 4 + i % 4] |=
-              static_cast<std::byte>(high_bits ? levels[i] : levels[i] >> 4);
-        }
-      }
-      reinterpret_cast<uint16_t*>(out + LevelBytes(shape))[column] = ggml_fp32_to_fp16(grid.step);
-      if (shape.offsets) out_offsets[(group / 2 * kPanel + column) * 2 + group % 2] = Bf16FromF32(grid.offset);
-    }
-  }
-}
-
-void QuantiseRow(const Activations& x, int row, const Int8Rows& out) {
+template <bool kScaled>
+inline __attribute__((always_inline)) void Quantise(const float* x, float factor, const float* weight, int row,
+                                                    const Int8Rows& out) {
   for (int first = 0; first < out.groups(); first += 4) {
     const int n = std::min(4, out.groups() - first);
     __m512 values[4][2];
     __m512 magnitudes[4];
     for (int g = 0; g < 4; ++g) {
-      const int i = (first + g) * kGroup;
-      values[g][0] = g < n ? LoadActivations(x, row, i) : _mm512_setzero_ps();
-      values[g][1] = g < n ? LoadActivations(x, row, i + 16) : _mm512_setzero_ps();
+      for (int half = 0; half < 2; ++half) {
+        const int i = (first + g) * kGroup + half * 16;
+        values[g][half] = g < n ? _mm512_loadu_ps(x + i) : _mm512_setzero_ps();
+        if (!kScaled || g >= n) continue;
+        values[g][half] =
+            _mm512_mul_ps(_mm512_mul_ps(values[g][half], _mm512_set1_ps(factor)), _mm512_loadu_ps(weight + i));
+      }
       magnitudes[g] = _mm512_max_ps(_mm512_abs_ps(values[g][0]), _mm512_abs_ps(values[g][1]));
     }
     const __m128 largest = LargestOfFour(magnitudes);
@@ -266,6 +233,45 @@ void QuantiseRow(const Activations& x, int row, const Int8Rows& out) {
   }
 }
 
+}  // namespace
+
+void PackPanelInt8(const Int8Panel& format, const gguf::Tensor& tensor, int first_row, const float* values, int n_rows,
+                   void* panel) {
+  const GridShape& shape = format.shape;
+  const int groups = format.k / kGroup;
+  const size_t group_bytes = GroupBytes(shape);
+  auto* bytes = static_cast<std::byte*>(panel);
+  auto* out_offsets = reinterpret_cast<uint16_t*>(bytes + groups * group_bytes);
+  std::memset(panel, 0, format.bytes());
+  for (int column = 0; column < n_rows; ++column) {
+    const std::byte* row = tensor.data + (first_row + column) * ggml_row_size(tensor.type, format.k);
+    const float* weights = values + static_cast<ptrdiff_t>(column) * format.k;
+    for (int group = 0; group < groups; ++group, weights += kGroup) {
+      const Grid grid = ReadGrid(tensor.type, row, group, weights);
+      uint8_t levels[kGroup];
+      EncodeGroup(weights, grid, shape.bits, levels);
+      std::byte* out = bytes + group * group_bytes;
+      const bool high_bits = column >= kPanel / 2;
+      for (int i = 0; i < kGroup; ++i) {
+        if (shape.bits != 4) {
+          out[(i / 4 * kPanel + column) * 4 + i % 4] = std::byte{levels[i]};
+        } else {
+          out[(i / 4 * (kPanel / 2) + column % (kPanel / 2)) * 4 + i % 4] |=
+              static_cast<std::byte>(high_bits ? levels[i] : levels[i] >> 4);
+        }
+      }
+      reinterpret_cast<uint16_t*>(out + LevelBytes(shape))[column] = ggml_fp32_to_fp16(grid.step);
+      if (shape.offsets) out_offsets[(group / 2 * kPanel + column) * 2 + group % 2] = Bf16FromF32(grid.offset);
+    }
+  }
+}
+
+void QuantiseRow(const float* x, int row, const Int8Rows& out) { Quantise<false>(x, 1, nullptr, row, out); }
+
+void QuantiseScaledRow(const float* x, float factor, const float* weight, int row, const Int8Rows& out) {
+  Quantise<true>(x, factor, weight, row, out);
+}
+
 void PanelProductInt8(const Int8PanelArgs& args) {
   CHECK(args.first_row % Int8Rows::kBlock == 0);
   alignas(64) float sums[Int8Rows::kBlock * kPanel];
@@ -283,7 +289,8 @@ void PanelProductInt8(const Int8PanelArgs& args) {
 #include "base/avx512bf16_pop.h"
 #else
 void PackPanelInt8(const Int8Panel&, const gguf::Tensor&, int, const float*, int, void*) { CHECK(false); }
-void QuantiseRow(const Activations&, int, const Int8Rows&) { CHECK(false); }
+void QuantiseRow(const float*, int, const Int8Rows&) { CHECK(false); }
+void QuantiseScaledRow(const float*, float, const float*, int, const Int8Rows&) { CHECK(false); }
 void PanelProductInt8(const Int8PanelArgs&) { CHECK(false); }
 #endif
 

@@ -14,7 +14,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "dense/activations.h"
 #include "dense/gemm.h"
 #include "dense/weight_grid.h"
 #include "gguf/gguf_file.h"
@@ -55,8 +54,9 @@ class Int8Rows {
   ptrdiff_t stride_bytes_ = 0;  // from a block's group to the next
 };
 
-// Row `row` of x, f32 or bf16.
-void QuantiseRow(const Activations& x, int row, const Int8Rows& out);
+// x: (k) the row, or before it is multiplied with `factor` and weight (k).
+void QuantiseRow(const float* x, int row, const Int8Rows& out);
+void QuantiseScaledRow(const float* x, float factor, const float* weight, int row, const Int8Rows& out);
 
 struct Int8Panel {
   GridShape shape;

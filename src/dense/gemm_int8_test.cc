@@ -28,7 +28,7 @@ struct Quantised {
   Quantised(int n_rows, int inner, uint64_t seed)
       : values(RandomFloats(static_cast<size_t>(n_rows) * inner, seed)), memory(Int8Rows::Bytes(n_rows, inner)) {
     rows = Int8Rows(memory.data(), n_rows, inner);
-    for (int r = 0; r < n_rows; ++r) QuantiseRow({values.data(), Precision::kF32, n_rows, inner}, r, rows);
+    for (int r = 0; r < n_rows; ++r) QuantiseRow(values.data() + static_cast<ptrdiff_t>(r) * inner, r, rows);
   }
 
   std::vector<float> values;
@@ -43,20 +43,25 @@ class GemmInt8Test : public testing::Test {
   }
 };
 
-// With 1, 3, 4, 5 and 18 groups, of which one is zero and one has an outlier, in both input types.
+// With 1, 3, 4, 5 and 18 groups, of which one is zero and one has an outlier; plain and as a norm gives them.
 TEST_F(GemmInt8Test, ActivationsAreTheNearestCodes) {
   for (const int groups : {1, 3, 4, 5, 18}) {
     const int k = groups * kGroup;
     const int n_rows = 67;
     Quantised x(n_rows, k, static_cast<uint64_t>(groups));
-    RoundToBf16(x.values);
     std::fill_n(x.values.begin() + static_cast<ptrdiff_t>(66) * k, kGroup, 0.0f);
     x.values[static_cast<size_t>(65) * k + 7] = -1000;
-    const std::vector<uint16_t> values16 = ToBf16(x.values);
-    for (const bool bf16 : {false, true}) {
-      const Activations in = {bf16 ? static_cast<void*>(const_cast<uint16_t*>(values16.data())) : x.values.data(),
-                              bf16 ? Precision::kBf16 : Precision::kF32, n_rows, k};
-      for (int r = 0; r < n_rows; ++r) QuantiseRow(in, r, x.rows);
+    const std::vector<float> weight = RandomFloats(static_cast<size_t>(k), 5);
+    for (const bool scaled : {false, true}) {
+      for (int r = 0; r < n_rows; ++r) {
+        float* values = x.values.data() + static_cast<ptrdiff_t>(r) * k;
+        if (scaled) {
+          QuantiseScaledRow(values, 0.3f, weight.data(), r, x.rows);
+          for (int i = 0; i < k; ++i) values[i] = values[i] * 0.3f * weight[i];
+        } else {
+          QuantiseRow(values, r, x.rows);
+        }
+      }
       for (int r = 0; r < n_rows; ++r) {
         for (int g = 0; g < groups; ++g) {
           const Int8Group& group = *x.rows.group(r, g);
@@ -183,7 +188,7 @@ struct Product {
       Product one{type, k, cols, bias, accumulate, 1};
       one.x.values.assign(x.values.begin() + static_cast<ptrdiff_t>(r) * k,
                           x.values.begin() + static_cast<ptrdiff_t>(r + 1) * k);
-      QuantiseRow({one.x.values.data(), Precision::kF32, 1, k}, 0, one.x.rows);
+      QuantiseRow(one.x.values.data(), 0, one.x.rows);
       one.Pack();
       one.before.assign(before.begin() + static_cast<ptrdiff_t>(r) * ldc,
                         before.begin() + static_cast<ptrdiff_t>(r + 1) * ldc);

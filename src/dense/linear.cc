@@ -163,7 +163,10 @@ const void* Linear::PanelData(int panel, int slot, LinearScratch& scratch, int t
 
 Linear::Input Linear::Prepare(ThreadPool& pool, LinearScratch& scratch, const Activations& x) const {
   Input input = {x, {}};
-  if (x.precision == options_.precision) return input;
+  if (x.precision == options_.precision) {
+    if (x.precision == Precision::kInt8) input.int8 = Int8Rows(static_cast<std::byte*>(x.data), x.rows, in_);
+    return input;
+  }
   CHECK(x.precision == Precision::kF32);
   const bool integers = options_.precision == Precision::kInt8;
   if (integers) {
@@ -177,7 +180,7 @@ Linear::Input Linear::Prepare(ThreadPool& pool, LinearScratch& scratch, const Ac
   pool.ParallelFor(CeilDiv(x.rows, kRowsPerTask), [&](int task, int) {
     for (int row = task * kRowsPerTask; row < std::min(x.rows, (task + 1) * kRowsPerTask); ++row) {
       if (integers) {
-        QuantiseRow(x, row, input.int8);
+        QuantiseRow(x.f32(row), row, input.int8);
       } else {
         std::transform(x.f32(row), x.f32(row) + in_, input.x.bf16(row), Bf16FromF32);
       }

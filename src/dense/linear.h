@@ -72,7 +72,7 @@ class Linear {
   Precision precision() const { return options_.precision; }
 
   // y (x.rows, out) = x W^T + b, or += when accumulate. The quantised way when x is f32 and x.rows <= quantised_rows;
-  // else x must be in ActivationPrecision() of the precision asked for.
+  // else x must be in precision(), or f32 where integers were asked for.
   void Forward(ThreadPool& pool, LinearScratch& scratch, const Activations& x, int quantised_rows, float* y,
                bool accumulate = false) const;
 

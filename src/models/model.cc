@@ -159,6 +159,12 @@ dense::Activations Model::Act(HugeBuffer& buffer, int rows, int cols) const {
   return {buffer.data(), quantised ? dense::Precision::kF32 : packed, rows, cols};
 }
 
+dense::Activations Model::ActFor(const dense::Linear& linear, HugeBuffer& buffer, int rows) const {
+  dense::Activations act = Act(buffer, rows, linear.in());
+  if (rows > quantised_rows_ && linear.precision() == dense::Precision::kInt8) act.precision = dense::Precision::kInt8;
+  return act;
+}
+
 void Model::Multiply(const dense::Linear& linear, const dense::Activations& x, float* y, bool accumulate) {
   linear.Forward(pool_, scratch_, x, quantised_rows_, y, accumulate);
 }

@@ -84,8 +84,10 @@ class Model {
   void ChooseQuantisedRows(std::span<const dense::Linear* const> layers);
 
   // Steps.
-  // A buffer's first rows as activations, in the precision that a Linear wants for that many rows.
+  // A buffer's first rows as activations, in the precision that a Linear wants for that many rows; plain numbers, or
+  // for one Linear and whatever it wants.
   dense::Activations Act(HugeBuffer& buffer, int rows, int cols) const;
+  dense::Activations ActFor(const dense::Linear& linear, HugeBuffer& buffer, int rows) const;
   void Multiply(const dense::Linear& linear, const dense::Activations& x, float* y, bool accumulate = false);
   void MultiplyGated(const dense::Linear& linear, const dense::Activations& x, dense::Gate gate,
                      const dense::Activations& y);
