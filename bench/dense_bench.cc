@@ -1,6 +1,7 @@
-// Matrix products of SmolLM2-135M's shapes in bf16: dense::Linear against oneDNN's matmul with weights in the layout
-// that it likes best, both on 2 threads. Weights rotate through copies larger than the last-level cache, as a model's
-// layers do. peak_share: of a loop of dot products that touches registers only, on the same threads.
+// Matrix products of SmolLM2-135M's shapes: dense::Linear in bf16, with 8-bit integers over Q8_0 and over Q4_1, and
+// oneDNN's bf16 matmul with weights in the layout that it likes best, all on 2 threads. Weights rotate through copies
+// larger than the last-level cache, as a model's layers do. peak_share: of a loop of dot products that touches
+// registers only, on the same threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -76,50 +77,61 @@ double PeakFlops() {
   return peak;
 }
 
-void Report(benchmark::State& state, int rows, int in, int out) {
+void Report(benchmark::State& state, int rows, int in, int out, size_t weight_bytes) {
   const double flops = 2.0 * rows * in * out;
   state.counters["GFLOP/s"] = benchmark::Counter(flops / 1e9, benchmark::Counter::kIsIterationInvariantRate);
   state.counters["peak_share"] = benchmark::Counter(flops / PeakFlops(), benchmark::Counter::kIsIterationInvariantRate);
   state.counters["weights_GB/s"] =
-      benchmark::Counter(2.0 * in * out / 1e9, benchmark::Counter::kIsIterationInvariantRate);
+      benchmark::Counter(static_cast<double>(weight_bytes) / 1e9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-int Copies(int in, int out) { return static_cast<int>(std::max<size_t>(2, kWeightBytes / (size_t{2} * in * out))); }
+int Copies(size_t bytes) { return static_cast<int>(std::max<size_t>(2, kWeightBytes / bytes)); }
 
 void Peak(benchmark::State& state) {
   for (auto _ : state) benchmark::DoNotOptimize(PeakFlops());
   state.counters["GFLOP/s"] = PeakFlops() / 1e9;
 }
 
-void Ours(benchmark::State& state) {
+void Ours(benchmark::State& state, ggml_type type, dense::Precision precision) {
   const int rows = static_cast<int>(state.range(0));
   const int in = static_cast<int>(state.range(1));
   const int out = static_cast<int>(state.range(2));
-  if (!HasAvx512Bf16()) return state.SkipWithError("no AVX-512 BF16");
+  if (!(precision == dense::Precision::kInt8 ? HasAvx512Vnni() : HasAvx512Bf16())) {
+    return state.SkipWithError("this CPU lacks the instructions");
+  }
   ThreadPool pool(kThreads);
-  const std::vector<uint16_t> weights = RandomBf16(static_cast<size_t>(in) * out);
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<size_t>(in) * out);
+  for (float& value : values) value = normal(random);
+  std::vector<std::byte> weights(ggml_row_size(type, in) * static_cast<size_t>(out));
+  ggml_quantize_chunk(type, values.data(), weights.data(), 0, out, in, nullptr);
   gguf::Tensor tensor;
-  tensor.type = GGML_TYPE_BF16;
+  tensor.type = type;
   tensor.n_dims = 2;
   tensor.ne = {in, out, 1, 1};
-  tensor.data = reinterpret_cast<const std::byte*>(weights.data());
-  tensor.size_bytes = weights.size() * 2;
+  tensor.data = weights.data();
+  tensor.size_bytes = weights.size();
   const gguf::Tensor* parts[] = {&tensor};
+  const dense::LinearOptions options = {precision, dense::WeightsMemory::kPacked};
   std::vector<dense::Linear> layers;
-  for (int i = 0; i < Copies(in, out); ++i) {
-    layers.push_back(
-        dense::Linear::Create(parts, {}, {dense::Precision::kBf16, dense::WeightsMemory::kPacked}, pool).value());
-  }
+  do {
+    layers.push_back(dense::Linear::Create(parts, {}, options, pool).value());
+  } while (static_cast<int>(layers.size()) < Copies(layers[0].packed_bytes()));
   dense::LinearScratch scratch;
-  scratch.Reserve(kThreads, 0, in, false);
-  std::vector<uint16_t> x = RandomBf16(static_cast<size_t>(rows) * in);
+  scratch.Reserve(kThreads, rows, 0, in, options);
+  values.resize(static_cast<size_t>(rows) * in);
+  std::vector<uint16_t> x = RandomBf16(values.size());
+  const dense::Activations input = precision == dense::Precision::kInt8
+                                       ? dense::Activations{values.data(), dense::Precision::kF32, rows, in}
+                                       : dense::Activations{x.data(), dense::Precision::kBf16, rows, in};
   std::vector<float> y(static_cast<size_t>(rows) * out);
   size_t layer = 0;
   for (auto _ : state) {
-    layers[layer++ % layers.size()].Forward(pool, scratch, {x.data(), dense::Precision::kBf16, rows, in}, 0, y.data());
+    layers[layer++ % layers.size()].Forward(pool, scratch, input, 0, y.data());
     benchmark::DoNotOptimize(y.data());
   }
-  Report(state, rows, in, out);
+  Report(state, rows, in, out, layers[0].packed_bytes());
 }
 
 void OneDnn(benchmark::State& state) {
@@ -147,7 +159,8 @@ void OneDnn(benchmark::State& state) {
   memory plain_memory(plain_desc, engine, plain.data());
   memory y_memory(y_desc, engine, y.data());
   std::vector<std::unordered_map<int, memory>> layers;
-  for (int i = 0; i < Copies(in, out); ++i) {
+  const size_t bytes = size_t{2} * in * out;
+  for (int i = 0; i < Copies(bytes); ++i) {
     memory packed(product_desc.weights_desc(), engine);
     dnnl::reorder(plain_memory, packed).execute(stream, plain_memory, packed);
     layers.push_back({{DNNL_ARG_SRC, x_memory}, {DNNL_ARG_WEIGHTS, packed}, {DNNL_ARG_DST, y_memory}});
@@ -159,7 +172,7 @@ void OneDnn(benchmark::State& state) {
     stream.wait();
     benchmark::DoNotOptimize(y.data());
   }
-  Report(state, rows, in, out);
+  Report(state, rows, in, out, bytes);
 }
 
 // (rows, in, out) of the output, QKV, gate-and-up, down and vocabulary products.
@@ -176,7 +189,9 @@ void Shapes(benchmark::internal::Benchmark* bench) {
 }
 
 BENCHMARK(Peak)->Iterations(1);
-BENCHMARK(Ours)->Apply(Shapes);
+BENCHMARK_CAPTURE(Ours, bf16, GGML_TYPE_BF16, dense::Precision::kBf16)->Apply(Shapes);
+BENCHMARK_CAPTURE(Ours, int8_q8_0, GGML_TYPE_Q8_0, dense::Precision::kInt8)->Apply(Shapes);
+BENCHMARK_CAPTURE(Ours, int8_q4_1, GGML_TYPE_Q4_1, dense::Precision::kInt8)->Apply(Shapes);
 BENCHMARK(OneDnn)->Apply(Shapes);
 
 }  // namespace

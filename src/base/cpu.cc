@@ -17,10 +17,19 @@ const std::string& ForcedTarget() {
 
 bool HasAvx512Bf16() {
 #if defined(__x86_64__)
-  static const bool has = (ForcedTarget().empty() || ForcedTarget() == "avx512bf16") &&
-                          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512bf16");
+  static const bool has =
+      (ForcedTarget().empty() || ForcedTarget() == "avx512vnni" || ForcedTarget() == "avx512bf16") &&
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+bool HasAvx512Vnni() {
+#if defined(__x86_64__)
+  static const bool has = HasAvx512Bf16() && ForcedTarget() != "avx512bf16" && __builtin_cpu_supports("avx512vnni");
   return has;
 #else
   return false;

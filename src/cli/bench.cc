@@ -34,12 +34,11 @@ double Share(double value, double peak) { return peak > 0 ? value / peak : 0; }
 
 nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
                               const std::vector<BenchResult>& results) {
-  const bool bf16 = engine.model().precision() == dense::Precision::kBf16;
   nlohmann::ordered_json json = {{"engine", "jointkv"},
                                  {"version", JOINTKV_VERSION},
                                  {"model", engine.file().path()},
                                  {"threads", engine.threads()},
-                                 {"compute", bf16 ? "bf16" : "f32"},
+                                 {"compute", dense::PrecisionName(engine.model().precision())},
                                  {"quantised_rows", engine.model().quantised_rows()},
                                  {"kv_type", codec::CodecName(engine.cache().shape().layout.codec)},
                                  {"step_tokens", engine.options().step_tokens},
@@ -67,11 +66,11 @@ void PrintHeader(std::FILE* out, const Peaks& peaks) {
              "GB/s (share)", "GFLOP/s (share)");
 }
 
-void PrintRow(std::FILE* out, const Peaks& peaks, const BenchResult& r, bool bf16) {
+void PrintRow(std::FILE* out, const Peaks& peaks, const BenchResult& r, bool show_share) {
   const std::string range = fmt::format("{:.1f}-{:.1f}", r.tok_s_min, r.tok_s_max);
   const std::string bytes = fmt::format("{:.1f} ({:.0f} %)", r.gb_s, 100 * Share(r.gb_s, peaks.read_gb_s));
   std::string flops = fmt::format("{:.0f}", r.gflop_s);
-  if (bf16) flops += fmt::format(" ({:.0f} %)", 100 * Share(r.gflop_s, peaks.bf16_gflop_s));
+  if (show_share) flops += fmt::format(" ({:.0f} %)", 100 * Share(r.gflop_s, peaks.bf16_gflop_s));
   fmt::print(out, "{:<8}{:>6}{:>9}{:>10.1f}{:>20}{:>16}{:>18}\n", r.kind, r.batch, r.context, r.tok_s, range, bytes,
              flops);
   std::fflush(out);
@@ -102,13 +101,13 @@ int RunBench(const BenchFlags& flags) {
 
   std::FILE* out = flags.json_path == "-" ? stderr : stdout;
   const Peaks peaks = {ReadBandwidthGbS(engine->threads()), Bf16PeakGflopS(engine->threads())};
-  const bool bf16 = engine->model().precision() == dense::Precision::kBf16;
+  const bool show_share = engine->model().precision() != dense::Precision::kF32;
   EngineBench bench(*engine, flags.bench.repeat);
   std::vector<BenchResult> results;
   ArmInterrupt();
   PrintHeader(out, peaks);
   const Status status = RunCases(bench, flags.bench, [&](const BenchResult& result) {
-    PrintRow(out, peaks, result, bf16);
+    PrintRow(out, peaks, result, show_share);
     results.push_back(result);
   });
   if (!status.ok()) {

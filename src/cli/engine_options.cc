@@ -134,9 +134,10 @@ void AddEngineFlagsButKv(CLI::App& app, engine::EngineOptions& options) {
   AddChoice<WeightsMemory>(app, "--weights-memory", options.weights_memory,
                            {{"packed", WeightsMemory::kPacked}, {"lean", WeightsMemory::kLean}}, "packed",
                            "packed: weights unpacked once, faster; lean: the file's own, smaller");
-  AddChoice<std::optional<Precision>>(app, "--compute", options.precision,
-                                      {{"auto", std::nullopt}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}},
-                                      "auto", "precision of matrix products; auto: the CPU's best");
+  AddChoice<std::optional<Precision>>(
+      app, "--compute", options.precision,
+      {{"auto", std::nullopt}, {"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}},
+      "auto", "precision of matrix products; auto: by the file and the CPU; int8: of quantised weights, others bf16");
   app.add_option(
          "--quantised-rows", options.quantised_rows,
          "steps of at most N rows use the file's quantised weights directly; ignored with --deterministic, or when "
@@ -161,6 +162,11 @@ std::function<void(int done, int total)> LoadProgress(ProgressLine& line) {
 std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& exit_code) {
   if (const Status status = CheckModelFile(options.model_path); !status.ok()) {
     Complain(status.message());
+    exit_code = kExitUsage;
+    return nullptr;
+  }
+  if (options.precision == dense::Precision::kInt8 && !HasAvx512Vnni()) {
+    Complain("--compute int8: this CPU has no AVX-512 VNNI with BF16, or JOINTKV_TARGET leaves it out");
     exit_code = kExitUsage;
     return nullptr;
   }

@@ -18,6 +18,7 @@
 #include "ggml.h"
 #include "gguf/gguf_file.h"
 #include "gguf/hyperparameters.h"
+#include "models/model.h"
 #include "text/detokenizer.h"
 
 namespace jointkv::cli {
@@ -103,8 +104,8 @@ OrderedJson KvJson(const gguf::Hyperparameters& hp, size_t arena_bytes) {
 }
 
 OrderedJson InspectFile(const gguf::GgufFile& file, const gguf::Hyperparameters& hp) {
-  const dense::Precision native = dense::NativePrecision();
-  const MatrixSize matrices = MatricesOf(file, native);
+  const dense::Precision precision = models::AutoPrecision(file);
+  const MatrixSize matrices = MatricesOf(file, precision);
   const size_t arena_bytes = AvailableMemoryBytes() / 3;
   return {{"path", text::SanitizeUtf8(file.path())},
           {"file_bytes", file.file_bytes()},
@@ -113,7 +114,7 @@ OrderedJson InspectFile(const gguf::GgufFile& file, const gguf::Hyperparameters&
           {"hyperparameters", HyperparametersJson(hp)},
           {"types", TypesJson(file)},
           {"memory",
-           {{"compute", native == dense::Precision::kBf16 ? "bf16" : "f32"},
+           {{"compute", dense::PrecisionName(precision)},
             {"matrix_elements", matrices.elements},
             {"packed_bytes", file.file_bytes() + matrices.packed_bytes},
             {"lean_bytes", file.file_bytes()}}},

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "base/checked.h"
-#include "dense/gemm.h"
+#include "dense/linear.h"
 
 namespace jointkv::cli {
 namespace {
@@ -16,13 +16,13 @@ size_t LayerTokenBytes(const gguf::Hyperparameters& hp, codec::Codec codec) {
 
 MatrixSize MatricesOf(const gguf::GgufFile& file, dense::Precision precision) {
   const bool tied = file.Find("output.weight") == nullptr;
-  const size_t element = precision == dense::Precision::kBf16 ? 2 : 4;
   MatrixSize size;
   for (const gguf::Tensor& tensor : file.tensors()) {
     if (tensor.n_dims < 2 || (tensor.name == "token_embd.weight" && !tied)) continue;
     size.elements += tensor.elements();
     size.file_bytes += tensor.size_bytes;
-    size.packed_bytes += static_cast<size_t>(tensor.ne[0] * RoundUp<int64_t>(tensor.rows(), dense::kPanel)) * element;
+    size.packed_bytes += static_cast<size_t>(CeilDiv<int64_t>(tensor.rows(), dense::kPanel)) *
+                         dense::PanelBytes(precision, tensor.type, static_cast<int>(tensor.ne[0]));
   }
   return size;
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "base/bf16.h"
 #include "base/checked.h"
 #include "base/cpu.h"
 #include "dense/ops.h"
@@ -41,9 +42,31 @@ bool HasQuantisedDot(ggml_type type) {
 
 }  // namespace
 
+size_t PanelBytes(Precision precision, ggml_type type, int in) {
+  const size_t weights = static_cast<size_t>(in) * kPanel;
+  const GridShape shape = GridShapeOf(type);
+  if (precision == Precision::kInt8 && shape.bits != 0) return Int8Panel{shape, in}.bytes();
+  return RoundUp<size_t>(weights * (precision == Precision::kF32 ? sizeof(float) : sizeof(uint16_t)), 64);
+}
+
+const char* PrecisionName(Precision precision) {
+  switch (precision) {
+    case Precision::kF32: return "f32";
+    case Precision::kBf16: return "bf16";
+    case Precision::kInt8: return "int8";
+  }
+  return "";
+}
+
 Precision NativePrecision() { return HasAvx512Bf16() ? Precision::kBf16 : Precision::kF32; }
 
-void LinearScratch::Reserve(int threads, int max_quantised_rows, int max_inner, bool lean) {
+void LinearScratch::Reserve(int threads, int max_rows, int max_quantised_rows, int max_inner,
+                            const LinearOptions& options) {
+  const bool lean = options.memory == WeightsMemory::kLean;
+  if (options.precision == Precision::kInt8) {
+    converted_ = HugeBuffer(
+        std::max(Int8Rows::Bytes(max_rows, max_inner), static_cast<size_t>(max_rows) * max_inner * sizeof(uint16_t)));
+  }
   // No activation type of ggml takes more bytes than f32.
   max_quantised_rows_ = max_quantised_rows;
   quantised_.resize(static_cast<size_t>(max_quantised_rows) * (static_cast<size_t>(max_inner) * sizeof(float) + 64));
@@ -64,7 +87,14 @@ Expected<Linear> Linear::Create(std::span<const gguf::Tensor* const> parts, std:
   Linear linear;
   linear.options_ = options;
   linear.in_ = static_cast<int>(parts[0]->ne[0]);
-  if (options.precision == Precision::kBf16 && linear.in_ % 2 != 0) {
+  if (options.precision == Precision::kInt8 && !HasAvx512Vnni()) {
+    return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': int8 needs a CPU with AVX-512 VNNI");
+  }
+  if (options.precision == Precision::kInt8 &&
+      !std::ranges::all_of(parts, [](const gguf::Tensor* part) { return GridShapeOf(part->type).bits != 0; })) {
+    linear.options_.precision = Precision::kBf16;
+  }
+  if (linear.options_.precision == Precision::kBf16 && linear.in_ % 2 != 0) {
     return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': " + std::to_string(linear.in_) +
                                                 " inputs: bf16 needs an even number");
   }
@@ -93,42 +123,81 @@ Expected<Linear> Linear::Create(std::span<const gguf::Tensor* const> parts, std:
       std::copy_n(values.begin() + panel.row, panel.cols, linear.bias_.begin() + static_cast<ptrdiff_t>(p) * kPanel);
     }
   }
-  const size_t element = options.precision == Precision::kBf16 ? 2 : 4;
-  linear.panel_bytes_ = RoundUp<size_t>(static_cast<size_t>(linear.in_) * kPanel * element, 64);
+  for (size_t p = 0; p < linear.panels_.size(); ++p) {
+    linear.panels_[p].offset = linear.packed_bytes_;
+    linear.packed_bytes_ += PanelBytes(linear.options_.precision, parts[linear.panels_[p].part]->type, linear.in_);
+  }
   if (options.memory == WeightsMemory::kPacked) {
-    const size_t bytes = linear.panel_bytes_ * linear.panels_.size();
+    const size_t bytes = linear.packed_bytes_;
     if (options.arena == nullptr) linear.own_ = HugeBuffer(bytes);
     linear.packed_ = options.arena == nullptr ? linear.own_.data() : options.arena->Allocate(bytes);
     std::vector<std::vector<float>> rows(pool.size(), std::vector<float>(static_cast<size_t>(kPanel) * linear.in_));
     pool.ParallelFor(static_cast<int>(linear.panels_.size()), [&](int panel, int thread) {
-      linear.UnpackPanel(panel, rows[thread].data(), linear.packed_ + panel * linear.panel_bytes_);
+      linear.UnpackPanel(panel, rows[thread].data(), linear.packed_ + linear.panels_[panel].offset);
     });
   }
   return linear;
 }
 
+Int8Panel Linear::PanelFormat(int panel) const { return {GridShapeOf(parts_[panels_[panel].part].tensor->type), in_}; }
+
 void Linear::UnpackPanel(int index, float* rows, void* out) const {
   const Panel& panel = panels_[index];
-  const Status status = gguf::Dequantize(*parts_[panel.part].tensor, panel.row, panel.cols, rows);
+  const gguf::Tensor& tensor = *parts_[panel.part].tensor;
+  const Status status = gguf::Dequantize(tensor, panel.row, panel.cols, rows);
   CHECK(status.ok());
-  if (options_.precision == Precision::kBf16) {
-    PackPanelBf16(rows, panel.cols, in_, static_cast<uint16_t*>(out));
-  } else {
-    PackPanelF32(rows, panel.cols, in_, static_cast<float*>(out));
+  switch (options_.precision) {
+    case Precision::kF32: PackPanelF32(rows, panel.cols, in_, static_cast<float*>(out)); break;
+    case Precision::kBf16: PackPanelBf16(rows, panel.cols, in_, static_cast<uint16_t*>(out)); break;
+    case Precision::kInt8: PackPanelInt8(PanelFormat(index), tensor, panel.row, rows, panel.cols, out); break;
   }
 }
 
 // `slot` (0 or 1): which half of the thread's lean scratch to use.
 const void* Linear::PanelData(int panel, int slot, LinearScratch& scratch, int thread) const {
-  if (options_.memory == WeightsMemory::kPacked) return packed_ + panel * panel_bytes_;
+  if (options_.memory == WeightsMemory::kPacked) return packed_ + panels_[panel].offset;
   float* target = scratch.panel_[thread].data() + static_cast<size_t>(slot) * kPanel * in_;
   UnpackPanel(panel, scratch.unpacked_[thread].data(), target);
   return target;
 }
 
-void Linear::ProductOfPanel(int index, const void* data, const Activations& x, int first_row, int rows, float* c,
+Linear::Input Linear::Prepare(ThreadPool& pool, LinearScratch& scratch, const Activations& x) const {
+  Input input = {x, {}};
+  if (x.precision == options_.precision) {
+    if (x.precision == Precision::kInt8) input.int8 = Int8Rows(static_cast<std::byte*>(x.data), x.rows, in_);
+    return input;
+  }
+  CHECK(x.precision == Precision::kF32);
+  const bool integers = options_.precision == Precision::kInt8;
+  if (integers) {
+    input.int8 = Int8Rows(scratch.converted_.data(), x.rows, in_);
+  } else {
+    input.x.data = scratch.converted_.data();
+    input.x.precision = Precision::kBf16;
+  }
+  CHECK((integers ? Int8Rows::Bytes(x.rows, in_) : sizeof(uint16_t) * x.rows * in_) <= scratch.converted_.size());
+  constexpr int kRowsPerTask = 8;
+  pool.ParallelFor(CeilDiv(x.rows, kRowsPerTask), [&](int task, int) {
+    for (int row = task * kRowsPerTask; row < std::min(x.rows, (task + 1) * kRowsPerTask); ++row) {
+      if (integers) {
+        QuantiseRow(x.f32(row), row, input.int8);
+      } else {
+        std::transform(x.f32(row), x.f32(row) + in_, input.x.bf16(row), Bf16FromF32);
+      }
+    }
+  });
+  return input;
+}
+
+void Linear::ProductOfPanel(int index, const void* data, const Input& input, int first_row, int rows, float* c,
                             ptrdiff_t ldc, bool accumulate) const {
   const Panel& panel = panels_[index];
+  const float* bias = bias_.empty() ? nullptr : bias_.data() + static_cast<ptrdiff_t>(index) * kPanel;
+  if (options_.precision == Precision::kInt8) {
+    PanelProductInt8({&input.int8, first_row, rows, PanelFormat(index), static_cast<const std::byte*>(data), c, ldc,
+                      panel.cols, bias, accumulate});
+    return;
+  }
   PanelArgs args;
   args.lda = in_;
   args.rows = rows;
@@ -137,16 +206,16 @@ void Linear::ProductOfPanel(int index, const void* data, const Activations& x, i
   args.c = c;
   args.ldc = ldc;
   args.cols = panel.cols;
-  args.bias = bias_.empty() ? nullptr : bias_.data() + static_cast<ptrdiff_t>(index) * kPanel;
+  args.bias = bias;
   args.accumulate = accumulate;
   if (options_.precision == Precision::kBf16) {
-    args.a = x.bf16(first_row);
+    args.a = input.x.bf16(first_row);
     if (options_.memory == WeightsMemory::kPacked && index + 1 < static_cast<int>(panels_.size())) {
-      args.next_panel = packed_ + (index + 1) * panel_bytes_;
+      args.next_panel = packed_ + panels_[index + 1].offset;
     }
     PanelProductBf16(args);
   } else {
-    args.a = x.f32(first_row);
+    args.a = input.x.f32(first_row);
     PanelProductF32(args);
   }
 }
@@ -158,7 +227,7 @@ void Linear::Forward(ThreadPool& pool, LinearScratch& scratch, const Activations
     ForwardQuantised(pool, scratch, x, y, accumulate, nullptr, Gate::kSilu);
     return;
   }
-  CHECK(x.precision == options_.precision);
+  const Input input = Prepare(pool, scratch, x);
   const int n_panels = static_cast<int>(panels_.size());
   const int row_blocks = CeilDiv(x.rows, kRowBlock);
   if (options_.memory == WeightsMemory::kLean || row_blocks == 1) {
@@ -166,7 +235,7 @@ void Linear::Forward(ThreadPool& pool, LinearScratch& scratch, const Activations
     pool.ParallelFor(CeilDiv(n_panels, run), [&](int task, int thread) {
       for (int panel = task * run; panel < std::min(n_panels, (task + 1) * run); ++panel) {
         const void* data = PanelData(panel, 0, scratch, thread);
-        ProductOfPanel(panel, data, x, 0, x.rows, y + panels_[panel].first_output, out_, accumulate);
+        ProductOfPanel(panel, data, input, 0, x.rows, y + panels_[panel].first_output, out_, accumulate);
       }
     });
     return;
@@ -176,8 +245,8 @@ void Linear::Forward(ThreadPool& pool, LinearScratch& scratch, const Activations
     const int first = task / n_panels * kRowBlock;
     const int rows = std::min(kRowBlock, x.rows - first);
     const void* data = PanelData(panel, 0, scratch, thread);
-    ProductOfPanel(panel, data, x, first, rows, y + static_cast<ptrdiff_t>(first) * out_ + panels_[panel].first_output,
-                   out_, accumulate);
+    ProductOfPanel(panel, data, input, first, rows,
+                   y + static_cast<ptrdiff_t>(first) * out_ + panels_[panel].first_output, out_, accumulate);
   });
 }
 
@@ -188,7 +257,7 @@ void Linear::ForwardGated(ThreadPool& pool, LinearScratch& scratch, const Activa
     ForwardQuantised(pool, scratch, x, nullptr, false, &y, gate);
     return;
   }
-  CHECK(x.precision == options_.precision);
+  const Input input = Prepare(pool, scratch, x);
   const int n_panels = static_cast<int>(panels_.size()) / 2;
   const int row_blocks = CeilDiv(x.rows, kRowBlock);
   // One task is a run of panels times a range of row blocks. Few rows: long runs, as in Forward. Lean: all row blocks,
@@ -210,8 +279,8 @@ void Linear::ForwardGated(ThreadPool& pool, LinearScratch& scratch, const Activa
       for (int block = first_block; block < last_block; ++block) {
         const int first = block * kRowBlock;
         const int rows = std::min(kRowBlock, x.rows - first);
-        ProductOfPanel(panel, gate_data, x, first, rows, g, kPanel, false);
-        ProductOfPanel(n_panels + panel, value_data, x, first, rows, u, kPanel, false);
+        ProductOfPanel(panel, gate_data, input, first, rows, g, kPanel, false);
+        ProductOfPanel(n_panels + panel, value_data, input, first, rows, u, kPanel, false);
         GatedProduct(gate, g, u, kPanel, rows, cols, y, first, column);
       }
     }

@@ -3,12 +3,12 @@
 // Two ways to compute it, chosen by the number of rows (few rows are bound by reading weights, many by arithmetic):
 //   quantised   rows of the file as they are, through ggml's dot products; the activations are quantised to the type
 //               that ggml pairs with the weights'. Least bytes per weight, one pass per row of x.
-//   packed      panels of bf16 (f32 where the CPU lacks bf16 or the caller asks), see dense/gemm.h. Packed once
-//               at load, or in `lean` mode unpacked panel by panel into scratch each time.
+//   packed      panels of 8-bit or 4-bit integers (dense/gemm_int8.h), bf16 or f32 (dense/gemm.h), as `precision`
+//               asks. Packed once at load, or in `lean` mode unpacked panel by panel into scratch each time.
 //
 // Threads: Forward is called by one thread and works on the pool's; Linears are const after Create.
 // Owns: its packed panels; the file's bytes must outlive it. Fails how: Create returns kUnsupported for shapes that the
-// kernels cannot take; Forward cannot fail.
+// kernels cannot take, and for integers on a CPU without HasAvx512Vnni(); Forward cannot fail.
 #pragma once
 
 #include <cstddef>
@@ -21,10 +21,14 @@
 #include "base/thread_pool.h"
 #include "dense/activations.h"
 #include "dense/gemm.h"
+#include "dense/gemm_int8.h"
 #include "dense/ops.h"
 #include "gguf/gguf_file.h"
 
 namespace jointkv::dense {
+
+// Bytes of one packed panel with `in` inputs. kInt8 stands for bf16 where the type is not quantised.
+size_t PanelBytes(Precision precision, ggml_type type, int in);
 
 enum class WeightsMemory { kPacked, kLean };
 
@@ -38,11 +42,12 @@ struct LinearOptions {
 // allocate.
 class LinearScratch {
  public:
-  void Reserve(int threads, int max_quantised_rows, int max_inner, bool lean);
+  void Reserve(int threads, int max_rows, int max_quantised_rows, int max_inner, const LinearOptions& options);
 
  private:
   friend class Linear;
   std::vector<std::byte> quantised_;          // (rows, row bytes) activations in ggml's type
+  HugeBuffer converted_;                      // activations as integers, or in bf16 for weights that are not
   std::vector<std::vector<float>> unpacked_;  // per thread: one panel's rows in f32
   std::vector<std::vector<float>> panel_;     // per thread: the panel itself (lean)
   std::vector<std::vector<float>> gated_;     // per thread: (2, kRowBlock, kPanel)
@@ -60,13 +65,14 @@ class Linear {
 
   int in() const { return in_; }
   int out() const { return out_; }
-  size_t packed_bytes() const { return packed_ == nullptr ? 0 : panels_.size() * panel_bytes_; }
+  size_t packed_bytes() const { return packed_ == nullptr ? 0 : packed_bytes_; }
   // Whether ggml can multiply every part as it is; otherwise only the packed way exists.
   bool has_quantised() const { return has_quantised_; }
+  // As asked, but bf16 instead of integers where a part is not quantised.
   Precision precision() const { return options_.precision; }
 
   // y (x.rows, out) = x W^T + b, or += when accumulate. The quantised way when x is f32 and x.rows <= quantised_rows;
-  // else x must be in precision().
+  // else x must be in precision(), or f32 where integers were asked for.
   void Forward(ThreadPool& pool, LinearScratch& scratch, const Activations& x, int quantised_rows, float* y,
                bool accumulate = false) const;
 
@@ -87,14 +93,22 @@ class Linear {
     int row = 0;   // first row inside the part
     int cols = 0;  // outputs, <= kPanel
     int first_output = 0;
+    size_t offset = 0;  // in packed_
+  };
+  // x as the panels want it.
+  struct Input {
+    Activations x;
+    Int8Rows int8;
   };
 
+  Int8Panel PanelFormat(int panel) const;
+  Input Prepare(ThreadPool& pool, LinearScratch& scratch, const Activations& x) const;
   void ForwardQuantised(ThreadPool& pool, LinearScratch& scratch, const Activations& x, float* y, bool accumulate,
                         const Activations* gated, Gate gate) const;
   const void* PanelData(int panel, int slot, LinearScratch& scratch, int thread) const;
   void UnpackPanel(int panel, float* rows, void* out) const;
-  void ProductOfPanel(int panel, const void* data, const Activations& x, int first_row, int rows, float* c,
-                      ptrdiff_t ldc, bool accumulate) const;
+  void ProductOfPanel(int panel, const void* data, const Input& x, int first_row, int rows, float* c, ptrdiff_t ldc,
+                      bool accumulate) const;
 
   int in_ = 0;
   int out_ = 0;
@@ -102,9 +116,9 @@ class Linear {
   std::vector<Part> parts_;
   std::vector<Panel> panels_;
   std::vector<float> bias_;      // (panels, kPanel); empty: none
-  std::byte* packed_ = nullptr;  // (panels, panel_bytes_); null in lean mode
+  std::byte* packed_ = nullptr;  // the panels one after the other; null in lean mode
   HugeBuffer own_;               // holds packed_ without an arena
-  size_t panel_bytes_ = 0;
+  size_t packed_bytes_ = 0;
   bool has_quantised_ = true;
 };
 

@@ -10,35 +10,14 @@
 
 #include "base/cpu.h"
 #include "dense/test_matrices.h"
-#include "gguf/dequantize.h"
+#include "dense/test_weight.h"
 
 namespace jointkv::dense {
 namespace {
 
 constexpr int kThreadsMax = 3;
+constexpr int kRowsMax = 512;
 constexpr int kIn = 512;
-
-// A tensor over its own memory, as a file would hold it, and the floats that it stands for.
-struct Weight {
-  Weight(ggml_type type, int in, int out, uint64_t seed) {
-    const std::vector<float> source = RandomFloats(static_cast<size_t>(in) * out, seed);
-    bytes.resize(ggml_row_size(type, in) * out);
-    ggml_quantize_chunk(type, source.data(), bytes.data(), 0, out, in, nullptr);
-    tensor.name = std::string("w.") + ggml_type_name(type);
-    tensor.type = type;
-    tensor.n_dims = 2;
-    tensor.ne = {in, out, 1, 1};
-    tensor.data = bytes.data();
-    tensor.size_bytes = bytes.size();
-    values.resize(source.size());
-    EXPECT_TRUE(gguf::Dequantize(tensor, 0, out, values.data()).ok());
-  }
-  Weight(const Weight&) = delete;
-
-  std::vector<std::byte> bytes;
-  gguf::Tensor tensor;
-  std::vector<float> values;  // (out, in)
-};
 
 struct Part {
   ggml_type type = GGML_TYPE_F32;
@@ -61,14 +40,14 @@ class Model {
       w_.insert(w_.end(), weights_.back()->values.begin(), weights_.back()->values.end());
       for (const float b : biases_.back()->values) b_.push_back(part.bias ? b : 0.0f);
     }
-    if (options.precision == Precision::kBf16) RoundToBf16(w_);
     ThreadPool pool(2);
     Expected<Linear> linear = Linear::Create(tensors, biases, options, pool);
     EXPECT_TRUE(linear.ok()) << linear.status().ToString();
     linear_ = std::move(linear).value();
+    if (linear_.precision() == Precision::kBf16) RoundToBf16(w_);
     EXPECT_EQ(linear_.in(), in);
     EXPECT_EQ(static_cast<size_t>(linear_.out()), b_.size());
-    scratch_.Reserve(kThreadsMax, 64, in, options.memory == WeightsMemory::kLean);
+    scratch_.Reserve(kThreadsMax, kRowsMax, 64, in, options);
   }
 
   const Linear& linear() const { return linear_; }
@@ -135,14 +114,16 @@ struct Rows {
   Activations view;
 };
 
-std::vector<Precision> Precisions() {
+std::vector<Precision> Precisions(bool integers = false) {
   std::vector<Precision> precisions = {Precision::kF32};
   if (HasAvx512Bf16()) precisions.push_back(Precision::kBf16);
+  if (integers && HasAvx512Vnni()) precisions.push_back(Precision::kInt8);
   return precisions;
 }
 
 // Mixed types, odd tails, a bias on some.
 const std::vector<Part> kMixed = {{GGML_TYPE_Q4_1, 70, true}, {GGML_TYPE_F16, 33, false}, {GGML_TYPE_Q6_K, 32, true}};
+const std::vector<Part> kQuantised = {{GGML_TYPE_Q4_1, 70, true}, {GGML_TYPE_Q8_0, 33}, {GGML_TYPE_Q6_K, 32, true}};
 
 TEST(LinearTest, PackedIsTheProduct) {
   for (const Precision precision : Precisions()) {
@@ -167,14 +148,16 @@ TEST(LinearTest, PackedIsTheProduct) {
 
 TEST(LinearTest, ARowIsTheSameInAnyBatchOnAnyThreadsPackedOrLean) {
   const int rows = 500;  // more than two row blocks
-  for (const Precision precision : Precisions()) {
-    Model packed(kMixed, {precision, WeightsMemory::kPacked});
-    Model lean(kMixed, {precision, WeightsMemory::kLean});
+  for (const Precision precision : Precisions(true)) {
+    const std::vector<Part>& parts = precision == Precision::kInt8 ? kQuantised : kMixed;
+    Model packed(parts, {precision, WeightsMemory::kPacked});
+    Model lean(parts, {precision, WeightsMemory::kLean});
+    EXPECT_EQ(packed.linear().precision(), precision);
     EXPECT_GT(packed.linear().packed_bytes(), size_t{0});
     EXPECT_EQ(lean.linear().packed_bytes(), size_t{0});
-    const Rows x(precision, rows, kIn);
+    const Rows x(ActivationPrecision(precision), rows, kIn);
     const std::vector<float> all = packed.Forward(1, x.view, 0);
-    for (int r = 0; r < rows; r += 71) {
+    for (int r = 0; r < rows && precision != Precision::kInt8; r += 71) {
       for (int o = 0; o < packed.out(); ++o) {
         const Dot dot = packed.Reference(x.row(r), o);
         ASSERT_NEAR(all[static_cast<size_t>(r) * packed.out() + o], dot.value, dot.Tolerance());
@@ -259,6 +242,74 @@ TEST(LinearTest, QuantisedIsTheProductUpToTheActivationStep) {
   }
 }
 
+// As above for packed integers: scales are f32 and groups 32 whatever the type. Weights off their file's grid, and
+// offsets and steps in fewer bits, add to it.
+TEST(LinearTest, Int8IsTheProductUpToTheActivationStep) {
+  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
+  for (const ggml_type type :
+       {GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
+        GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
+    Model model({{type, 75, true}, {type, 40, false}}, {Precision::kInt8, WeightsMemory::kPacked});
+    ASSERT_EQ(model.linear().precision(), Precision::kInt8) << ggml_type_name(type);
+    const Rows x(Precision::kF32, 9, kIn);
+    const std::vector<float> y = model.Forward(2, x.view, 0);
+    const std::vector<float> before = RandomFloats(y.size(), 3);
+    const std::vector<float> added = model.Forward(2, x.view, 0, &before);
+    double squared_error = 0;
+    double variance = 0;
+    for (int r = 0; r < 9; ++r) {
+      for (int o = 0; o < model.out(); ++o) {
+        const Dot dot = model.Reference(x.row(r), o);
+        const float* w = model.weights(o);
+        double worst = 0;
+        for (int i = 0; i < kIn; ++i) {
+          const double x_step = ActivationStep(GGML_TYPE_Q8_0, x.row(r), i);
+          const double w_step = ActivationStep(GGML_TYPE_Q8_0, w, i);  // of 8 bits, as fitted
+          worst += std::abs(w[i]) * x_step / 2 + (std::abs(x.row(r)[i]) + x_step / 2) * w_step / 2;
+          variance += (w[i] * w[i] * x_step * x_step + x.row(r)[i] * x.row(r)[i] * w_step * w_step) / 12;
+        }
+        const size_t at = static_cast<size_t>(r) * model.out() + o;
+        const double error = y[at] - dot.value;
+        ASSERT_LE(std::abs(error), worst + dot.Tolerance()) << ggml_type_name(type) << " row " << r << " output " << o;
+        ASSERT_NEAR(added[at], before[at] + y[at], kF32Unit * std::abs(before[at] + y[at]));
+        squared_error += error * error;
+      }
+    }
+    EXPECT_LE(squared_error, 1.5 * variance) << ggml_type_name(type);
+  }
+}
+
+TEST(LinearTest, Int8OfWeightsThatAreNotQuantisedIsBf16) {
+  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
+  Model model(kMixed, {Precision::kInt8, WeightsMemory::kPacked});
+  Model bf16(kMixed, {Precision::kBf16, WeightsMemory::kPacked});
+  EXPECT_EQ(model.linear().precision(), Precision::kBf16);
+  const Rows x(Precision::kBf16, 30, kIn);
+  const Activations in_f32 = {const_cast<float*>(x.row(0)), Precision::kF32, 30, kIn};
+  EXPECT_EQ(model.Forward(2, in_f32, 0), bf16.Forward(2, x.view, 0));
+}
+
+TEST(LinearTest, Int8NeedsTheCpu) {
+  if (HasAvx512Vnni()) GTEST_SKIP() << "has AVX-512 VNNI";
+  const Weight weight(GGML_TYPE_Q4_0, 32, 5, 1);
+  const gguf::Tensor* parts[] = {&weight.tensor};
+  ThreadPool pool(1);
+  const Expected<Linear> linear = Linear::Create(parts, {}, {Precision::kInt8, WeightsMemory::kPacked}, pool);
+  ASSERT_FALSE(linear.ok());
+  EXPECT_EQ(linear.status().code(), StatusCode::kUnsupported);
+}
+
+TEST(LinearTest, PanelBytesAddUp) {
+  for (const Precision precision : Precisions(true)) {
+    Model model(kMixed, {precision, WeightsMemory::kPacked});
+    Model quantised(kQuantised, {precision, WeightsMemory::kPacked});
+    EXPECT_EQ(quantised.linear().packed_bytes(), 3 * PanelBytes(precision, GGML_TYPE_Q4_1, kIn) +
+                                                     2 * PanelBytes(precision, GGML_TYPE_Q8_0, kIn) +
+                                                     PanelBytes(precision, GGML_TYPE_Q6_K, kIn));
+    EXPECT_EQ(model.linear().packed_bytes(), 6 * PanelBytes(precision, GGML_TYPE_F16, kIn));
+  }
+}
+
 TEST(LinearTest, QuantisedRowsAreIndependent) {
   Model model(kMixed, {Precision::kF32, WeightsMemory::kPacked});
   const Rows x(Precision::kF32, 20, kIn);
@@ -326,6 +377,26 @@ TEST(LinearTest, Gated) {
           const std::vector<float> last = packed.ForwardGated(1, x.Slice(rows - 1, 1), 0, gate);
           EXPECT_TRUE(std::equal(last.begin(), last.end(), y.end() - 45));
         }
+      }
+    }
+  }
+}
+
+TEST(LinearTest, GatedInt8IsTheGateOfTheProduct) {
+  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
+  const std::vector<Part> parts = {{GGML_TYPE_Q4_1, 96, true}, {GGML_TYPE_Q8_0, 96, false}};
+  Model packed(parts, {Precision::kInt8, WeightsMemory::kPacked});
+  Model lean(parts, {Precision::kInt8, WeightsMemory::kLean});
+  for (const int rows : {1, 5, 64, 193, 400}) {
+    const Rows x(Precision::kF32, rows, kIn);
+    const std::vector<float> both = packed.Forward(1, x.view, 0);
+    for (const Gate gate : {Gate::kSilu, Gate::kGelu}) {
+      std::vector<float> expected(static_cast<size_t>(rows) * 96);
+      GatedProduct(gate, both.data(), both.data() + 96, 192, rows, 96, {expected.data(), Precision::kF32, rows, 96}, 0,
+                   0);
+      for (const int threads : {1, 2, 3}) {
+        EXPECT_EQ(packed.ForwardGated(threads, x.view, 0, gate), expected);
+        EXPECT_EQ(lean.ForwardGated(threads, x.view, 0, gate), expected);
       }
     }
   }

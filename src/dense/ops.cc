@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense/gemm_int8.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "dense/ops.cc"
 #include "hwy/foreach_target.h"
@@ -131,6 +133,7 @@ void ForRows(ThreadPool& pool, int rows, F&& f) {
 
 }  // namespace
 
+HWY_EXPORT(InverseRms);
 HWY_EXPORT(NormRowF32);
 HWY_EXPORT(NormRowBf16);
 HWY_EXPORT(AddNormRow);
@@ -140,10 +143,14 @@ HWY_EXPORT(SoftCapImpl);
 void RmsNorm(ThreadPool& pool, const float* x, const float* weight, float eps, const Activations& y) {
   ForRows(pool, y.rows, [&](int row) {
     const float* in = x + static_cast<ptrdiff_t>(row) * y.cols;
-    if (y.precision == Precision::kBf16) {
-      HWY_DYNAMIC_DISPATCH(NormRowBf16)(in, weight, eps, y.cols, y.bf16(row));
-    } else {
-      HWY_DYNAMIC_DISPATCH(NormRowF32)(in, weight, eps, y.cols, y.f32(row));
+    switch (y.precision) {
+      case Precision::kF32: HWY_DYNAMIC_DISPATCH(NormRowF32)(in, weight, eps, y.cols, y.f32(row)); break;
+      case Precision::kBf16: HWY_DYNAMIC_DISPATCH(NormRowBf16)(in, weight, eps, y.cols, y.bf16(row)); break;
+      case Precision::kInt8: {
+        const float inverse = HWY_DYNAMIC_DISPATCH(InverseRms)(in, eps, y.cols);
+        QuantiseScaledRow(in, inverse, weight, row, Int8Rows(static_cast<std::byte*>(y.data), y.rows, y.cols));
+        break;
+      }
     }
   });
 }

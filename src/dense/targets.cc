@@ -9,6 +9,7 @@
 namespace jointkv::dense {
 namespace {
 
+constexpr const char* kAvx512Vnni = "avx512vnni";
 constexpr const char* kAvx512Bf16 = "avx512bf16";
 
 std::string LowerName(int64_t target) {
@@ -29,6 +30,7 @@ std::vector<int64_t> HighwayTargets() {
 
 std::vector<std::string> SupportedTargetNames() {
   std::vector<std::string> names;
+  if (HasAvx512Vnni()) names.emplace_back(kAvx512Vnni);
   if (HasAvx512Bf16()) names.emplace_back(kAvx512Bf16);
   for (const int64_t target : HighwayTargets()) names.push_back(LowerName(target));
   return names;
@@ -36,7 +38,9 @@ std::vector<std::string> SupportedTargetNames() {
 
 Status ApplyForcedTarget() {
   const std::string& forced = ForcedTarget();
-  if (forced.empty() || (forced == kAvx512Bf16 && HasAvx512Bf16())) return Status::Ok();
+  if (forced.empty() || (forced == kAvx512Bf16 && HasAvx512Bf16()) || (forced == kAvx512Vnni && HasAvx512Vnni())) {
+    return Status::Ok();
+  }
   std::string known;
   for (const int64_t target : HighwayTargets()) {
     if (LowerName(target) == forced) {
@@ -48,7 +52,8 @@ Status ApplyForcedTarget() {
   }
   return {StatusCode::kInvalidArgument,
           "JOINTKV_TARGET '" + forced + "': this program can run " + known + " here" +
-              (forced == kAvx512Bf16 ? ", not avx512bf16" : ", and avx512bf16 if the CPU has it")};
+              (forced == kAvx512Bf16 || forced == kAvx512Vnni ? ", not " + forced
+                                                              : ", and avx512vnni or avx512bf16 if the CPU has it")};
 }
 
 }  // namespace jointkv::dense

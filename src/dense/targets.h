@@ -12,7 +12,8 @@
 
 namespace jointkv::dense {
 
-// Lower case, best first, so the first is the one in use: "avx512bf16" where its kernels may run, then Highway's.
+// Lower case, best first, so the first is the one in use: "avx512vnni" and "avx512bf16" where their kernels may run,
+// then Highway's.
 std::vector<std::string> SupportedTargetNames();
 
 // Makes Highway's dispatch choose nothing better than the target that JOINTKV_TARGET names.

@@ -52,7 +52,15 @@ TEST_F(TargetsDeathTest, UnknownNamesAreRefused) {
               testing::ExitedWithCode(0), "");
 }
 
-TEST_F(TargetsDeathTest, TheBestTargetNeedsTheCpu) {
+TEST_F(TargetsDeathTest, Bf16LeavesOutTheIntegers) {
+  EXPECT_EXIT(
+      RunForced("avx512bf16", [](const Status& status) { return status.ok() == HasAvx512Bf16() && !HasAvx512Vnni(); }),
+      testing::ExitedWithCode(0), "");
+}
+
+TEST_F(TargetsDeathTest, TheBestTargetsNeedTheCpu) {
+  EXPECT_EXIT(RunForced("avx512vnni", [](const Status& status) { return status.ok() == HasAvx512Vnni(); }),
+              testing::ExitedWithCode(0), "");
   EXPECT_EXIT(RunForced("avx512bf16", [](const Status& status) { return status.ok() == HasAvx512Bf16(); }),
               testing::ExitedWithCode(0), "");
 }
@@ -63,6 +71,7 @@ TEST(TargetsTest, NamesAreDistinct) {
   std::ranges::sort(names);
   EXPECT_EQ(std::ranges::adjacent_find(names), names.end());
   EXPECT_EQ(std::ranges::count(names, "avx512bf16"), HasAvx512Bf16() ? 1 : 0);
+  EXPECT_EQ(std::ranges::count(names, "avx512vnni"), HasAvx512Vnni() ? 1 : 0);
 }
 
 }  // namespace

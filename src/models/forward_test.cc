@@ -7,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/cpu.h"
 #include "models/test_judge.h"
 #include "models/test_runner.h"
 
@@ -19,6 +20,12 @@ Runner::Options Deterministic() {
   Runner::Options options;
   options.model.deterministic = true;
   return options;
+}
+
+std::vector<dense::Precision> PrecisionsOfThisCpu() {
+  std::vector<dense::Precision> precisions = {dense::Precision::kF32, dense::NativePrecision()};
+  if (HasAvx512Vnni()) precisions.push_back(dense::Precision::kInt8);
+  return precisions;
 }
 
 // Index of the first row that differs, or -1: a readable failure where vectors of floats are not.
@@ -155,6 +162,7 @@ TEST_P(ForwardTest, ChunksAgreeInF32) {
 // In bf16, rows and tiles of attention round in different places.
 TEST_P(ForwardTest, ChunksAgreeInBf16) {
   Runner::Options options;
+  options.model.precision = dense::NativePrecision();
   options.model.quantised_rows = 0;
   Runner runner(path(), options);
   const Tokens tokens = RandomTokens(kTokens, runner.n_vocab(), 1);
@@ -191,7 +199,7 @@ class QuantisedTest : public testing::TestWithParam<const char*> {
 };
 
 TEST_P(QuantisedTest, LeanIsPackedBitForBit) {
-  for (const dense::Precision precision : {dense::Precision::kF32, dense::NativePrecision()}) {
+  for (const dense::Precision precision : PrecisionsOfThisCpu()) {
     for (const int quantised_rows : {0, 4}) {
       Runner::Options options;
       options.model.precision = precision;
@@ -211,10 +219,12 @@ TEST_P(QuantisedTest, LeanIsPackedBitForBit) {
   }
 }
 
-// The quantised way rounds activations to 8 bits, by block of 32 to 1/127 of its largest: an error of about 0.005 of
-// each product, and these models have nine in a row, with a softmax that sharpens. llama.cpp rounds at the same places.
+// The quantised way and packed integers round activations to 8 bits, by block of 32 to 1/127 of its largest: an error
+// of about 0.005 of each product, and these models have nine in a row, with a softmax that sharpens. llama.cpp rounds
+// at the same places.
+constexpr double kRoundingMax = 0.05;
+
 TEST_P(QuantisedTest, QuantisedRowsAgreeWithPacked) {
-  constexpr double kRoundingMax = 0.05;
   Runner::Options options = F32Options();
   options.model.quantised_rows = 0;
   Runner packed(path(), options);
@@ -222,7 +232,7 @@ TEST_P(QuantisedTest, QuantisedRowsAgreeWithPacked) {
   const std::vector<float> expected = packed.Logits(tokens);
   Judge judge(path(), {.f32 = true});
   const std::span<const float> judged = judge.Next(tokens);
-  for (const dense::Precision precision : {dense::Precision::kF32, dense::NativePrecision()}) {
+  for (const dense::Precision precision : PrecisionsOfThisCpu()) {
     options.model.precision = precision;
     options.model.quantised_rows = 6;
     Runner quantised(path(), options);
@@ -249,6 +259,31 @@ TEST_P(QuantisedTest, QuantisedRowsAgreeWithPacked) {
     Agreement agreement;
     agreement.Add(wanted, logits, packed.n_vocab());
     EXPECT_LE(agreement.rms_error(), kRoundingMax) << "last rows";
+  }
+}
+
+TEST_P(QuantisedTest, PackedIntegersAgreeWithPacked) {
+  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
+  Runner::Options options = F32Options();
+  options.model.quantised_rows = 0;
+  Runner packed(path(), options);
+  const Tokens tokens = RandomTokens(kTokens, packed.n_vocab(), 1);
+  const std::vector<float> expected = packed.Logits(tokens);
+  Judge judge(path(), {.f32 = true});
+  const std::span<const float> judged = judge.Next(tokens);
+  options.model.precision = dense::Precision::kInt8;
+  Runner integers(path(), options);
+  for (const int chunk : {1, 6, 0}) {
+    const std::vector<float> logits = integers.Logits(tokens, {chunk});
+    Agreement agreement;
+    agreement.Add(expected, logits, packed.n_vocab());
+    EXPECT_LE(agreement.rms_error(), kRoundingMax) << "chunks of " << chunk;
+    EXPECT_GT(agreement.rms_error(), 1e-4) << "not in integers after all";
+    Agreement with_judge;
+    with_judge.Add(judged, logits, packed.n_vocab());
+    // A difference in the last bits, as of scales that llama.cpp keeps in f16, moves one code in dozens by a whole
+    // step.
+    EXPECT_LT(with_judge.rms_error(), agreement.rms_error()) << "chunks of " << chunk;
   }
 }
 
@@ -279,11 +314,11 @@ TEST(ModelTest, ReportsEachLayerOnce) {
   EXPECT_EQ(reports, (std::vector<std::pair<int, int>>{{1, 3}, {2, 3}, {3, 3}}));
 }
 
-TEST(ModelTest, AnF32FileRunsInF32AndOthersInTheBestPrecision) {
+TEST(ModelTest, AnF32FileRunsInF32AndAQuantisedOneInTheBestPrecision) {
   Runner f32(TestModelPath("llama"), {});
   EXPECT_EQ(f32.model().precision(), dense::Precision::kF32);
   Runner q4(TestModelPath("llama-q4_1"), {});
-  EXPECT_EQ(q4.model().precision(), dense::NativePrecision());
+  EXPECT_EQ(q4.model().precision(), HasAvx512Vnni() ? dense::Precision::kInt8 : dense::NativePrecision());
 }
 
 TEST(ModelTest, StoreShapeFollowsTheWindows) {

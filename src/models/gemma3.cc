@@ -71,7 +71,7 @@ void Gemma3::Forward(const StepInput& input, const kv::KvCache& cache, float* lo
 
   for (int i = 0; i < hp_.n_layers; ++i) {
     const Layer& layer = layers_[i];
-    dense::Activations norm = Act(norm_, rows, hp_.d_model);
+    const dense::Activations norm = ActFor(layer.qkv, norm_, rows);
     dense::RmsNorm(pool_, x(), layer.attn_norm.data(), hp_.rms_eps, norm);  // norm (rows, d_model)
     Multiply(layer.qkv, norm, qkv());                                       // qkv (rows, d_q + 2 d_kv)
     attention_->Store(pool_, cache, i, RopeOfLayer(i), {layer.q_norm.data(), layer.k_norm.data(), hp_.rms_eps}, qkv());
@@ -82,19 +82,19 @@ void Gemma3::Forward(const StepInput& input, const kv::KvCache& cache, float* lo
     if (i + 1 == hp_.n_layers) {
       rows = KeepRows(input.logit_rows, x(), attn);
       attn = Shrink(attn, rows);
-      norm = Act(norm_, rows, hp_.d_model);
     }
     Multiply(layer.attn_output, attn, y());  // y (rows, d_model)
     dense::AddRmsNorm(pool_, x(), y(), layer.attn_post_norm.data(), hp_.rms_eps, rows, hp_.d_model);
 
-    dense::RmsNorm(pool_, x(), layer.ffn_norm.data(), hp_.rms_eps, norm);
+    const dense::Activations ffn_norm = ActFor(layer.gate_up, norm_, rows);
+    dense::RmsNorm(pool_, x(), layer.ffn_norm.data(), hp_.rms_eps, ffn_norm);  // ffn_norm (rows, d_model)
     const dense::Activations ffn = Act(ffn_, rows, hp_.d_ff);
-    MultiplyGated(layer.gate_up, norm, dense::Gate::kGelu, ffn);  // ffn (rows, d_ff)
-    Multiply(layer.down, ffn, y());                               // y (rows, d_model)
+    MultiplyGated(layer.gate_up, ffn_norm, dense::Gate::kGelu, ffn);  // ffn (rows, d_ff)
+    Multiply(layer.down, ffn, y());                                   // y (rows, d_model)
     dense::AddRmsNorm(pool_, x(), y(), layer.ffn_post_norm.data(), hp_.rms_eps, rows, hp_.d_model);
   }
 
-  const dense::Activations norm = Act(norm_, rows, hp_.d_model);
+  const dense::Activations norm = ActFor(output_, norm_, rows);
   dense::RmsNorm(pool_, x(), output_norm_.data(), hp_.rms_eps, norm);
   Multiply(output_, norm, logits);  // logits (rows, n_vocab)
   if (hp_.final_logit_softcap > 0)

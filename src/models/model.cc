@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/bf16.h"
 #include "base/clock.h"
+#include "base/cpu.h"
 #include "dense/ops.h"
 #include "gguf/dequantize.h"
 
@@ -14,6 +16,13 @@ namespace {
 constexpr int kQuantisedRowsMax = 8;
 
 }  // namespace
+
+dense::Precision AutoPrecision(const gguf::GgufFile& file) {
+  const std::string& type = file.quantization();
+  if (type == "f32") return dense::Precision::kF32;
+  const bool quantised = type != "f16" && type != "bf16";
+  return quantised && HasAvx512Vnni() ? dense::Precision::kInt8 : dense::NativePrecision();
+}
 
 Expected<std::unique_ptr<Model>> Model::Load(const gguf::GgufFile& file, const ModelOptions& options,
                                              ThreadPool& pool) {
@@ -29,8 +38,7 @@ Expected<std::unique_ptr<Model>> Model::Load(const gguf::GgufFile& file, const M
 
 Model::Model(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOptions& options, ThreadPool& pool)
     : file_(file), hp_(std::move(hp)), options_(options), pool_(pool) {
-  const bool f32_file = file.quantization() == "f32";
-  linear_options_.precision = options.precision.value_or(f32_file ? dense::Precision::kF32 : dense::NativePrecision());
+  linear_options_.precision = options.precision.value_or(AutoPrecision(file));
   linear_options_.memory = options.weights_memory;
   linear_options_.arena = &weights_;
   rope_ = dense::RopeTable(hp_.rope, hp_.rope_freq_factors);
@@ -43,8 +51,8 @@ Model::Model(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOp
   attn_ = HugeBuffer(rows * hp_.d_q() * sizeof(float));
   ffn_ = HugeBuffer(rows * hp_.d_ff * sizeof(float));
   const int max_inner = std::max({hp_.d_model, hp_.d_q(), hp_.d_ff});
-  scratch_.Reserve(pool.size(), std::max(kQuantisedRowsMax, options.quantised_rows.value_or(0)), max_inner,
-                   options.weights_memory == dense::WeightsMemory::kLean);
+  scratch_.Reserve(pool.size(), options.max_rows, std::max(kQuantisedRowsMax, options.quantised_rows.value_or(0)),
+                   max_inner, linear_options_);
 }
 
 kv::KvShape Model::CacheShape(codec::Codec codec) const {
@@ -126,27 +134,35 @@ void Model::ChooseQuantisedRows(std::span<const dense::Linear* const> layers) {
   const auto sweep = [&](dense::Precision precision, int rows, int quantised_rows) {
     double best_s = 1e9;
     for (int repeat = 0; repeat < 3; ++repeat) {
-      const dense::Activations x = {norm_.data(), precision, rows, hp_.d_model};
+      const dense::Activations x = {norm_.data(), dense::ActivationPrecision(precision), rows, hp_.d_model};
       const double start_s = MonotonicSeconds();
       for (const dense::Linear* layer : layers) layer->Forward(pool_, scratch_, x, quantised_rows, y.data());
       best_s = std::min(best_s, MonotonicSeconds() - start_s);
     }
     return best_s;
   };
-  // Reading a third of the bytes, the quantised way suffers less when memory is shared: it wins near ties.
-  constexpr double kTie = 1.25;
+  // Reading a third of bf16's bytes, the quantised way suffers less when memory is shared: it wins near ties. Packed
+  // integers are as small.
+  const double tie = linear_options_.precision == dense::Precision::kInt8 ? 1 : 1.25;
   const double quantised_s = sweep(dense::Precision::kF32, 1, 1);
   quantised_rows_ = 0;
   while (quantised_rows_ < kQuantisedRowsMax) {
     const int rows = quantised_rows_ + 1;
-    if (rows * quantised_s > kTie * sweep(linear_options_.precision, rows, 0)) break;
+    if (rows * quantised_s > tie * sweep(linear_options_.precision, rows, 0)) break;
     quantised_rows_ = rows;
   }
 }
 
 dense::Activations Model::Act(HugeBuffer& buffer, int rows, int cols) const {
   const bool quantised = rows <= quantised_rows_;
-  return {buffer.data(), quantised ? dense::Precision::kF32 : linear_options_.precision, rows, cols};
+  const dense::Precision packed = dense::ActivationPrecision(linear_options_.precision);
+  return {buffer.data(), quantised ? dense::Precision::kF32 : packed, rows, cols};
+}
+
+dense::Activations Model::ActFor(const dense::Linear& linear, HugeBuffer& buffer, int rows) const {
+  dense::Activations act = Act(buffer, rows, linear.in());
+  if (rows > quantised_rows_ && linear.precision() == dense::Precision::kInt8) act.precision = dense::Precision::kInt8;
+  return act;
 }
 
 void Model::Multiply(const dense::Linear& linear, const dense::Activations& x, float* y, bool accumulate) {

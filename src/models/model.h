@@ -23,7 +23,7 @@
 namespace jointkv::models {
 
 struct ModelOptions {
-  std::optional<dense::Precision> precision;  // none: f32 for an f32 file, else the CPU's best
+  std::optional<dense::Precision> precision;  // none: AutoPrecision
   dense::WeightsMemory weights_memory = dense::WeightsMemory::kPacked;
   // Steps of at most this many rows use the file's quantised weights directly; none: measured at load.
   std::optional<int> quantised_rows;
@@ -31,6 +31,9 @@ struct ModelOptions {
   bool deterministic = false;                         // a row's logits never depend on the rest of its step
   std::function<void(int done, int total)> progress;  // layers loaded
 };
+
+// f32 for an f32 file, integers for a quantised one where the CPU has them, else the CPU's best.
+dense::Precision AutoPrecision(const gguf::GgufFile& file);
 
 // One step: rows of several sequences.
 struct StepInput {
@@ -84,8 +87,10 @@ class Model {
   void ChooseQuantisedRows(std::span<const dense::Linear* const> layers);
 
   // Steps.
-  // A buffer's first rows as activations, in the precision that a Linear wants for that many rows.
+  // A buffer's first rows as activations, in the precision that a Linear wants for that many rows; plain numbers, or
+  // for one Linear and whatever it wants.
   dense::Activations Act(HugeBuffer& buffer, int rows, int cols) const;
+  dense::Activations ActFor(const dense::Linear& linear, HugeBuffer& buffer, int rows) const;
   void Multiply(const dense::Linear& linear, const dense::Activations& x, float* y, bool accumulate = false);
   void MultiplyGated(const dense::Linear& linear, const dense::Activations& x, dense::Gate gate,
                      const dense::Activations& y);
