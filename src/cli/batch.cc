@@ -23,6 +23,11 @@ void Batch::Run(const Observer& observer) {
   ProgressLine progress;
   std::vector<engine::Event> events;
   bool cancelled = false;
+  if (observer.on_logits) {
+    engine_.ObserveLogits([&](engine::RequestId id, int, int position, std::span<const float> logits) {
+      observer.on_logits(submitted_.at(id), position, logits);
+    });
+  }
   while (!engine_.idle()) {
     if (Interrupted() && !cancelled) {
       for (const auto& [id, index] : submitted_) engine_.Cancel(id);
@@ -31,9 +36,11 @@ void Batch::Run(const Observer& observer) {
     events.clear();
     engine_.Step(events);
     for (engine::Event& event : events) Take(std::move(event), observer);
+    if (observer.on_step) observer.on_step();
     if (choices_ > 1 && progress.due()) progress.Show(ProgressText());
   }
   wall_s_ = MonotonicSeconds() - start_s_;
+  engine_.ObserveLogits(nullptr);
 }
 
 std::string Batch::ProgressText() const {

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <map>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,6 +35,9 @@ class Batch {
   struct Observer {
     std::function<void(size_t request, int choice, const std::string& text)> on_text;
     std::function<void(const Choice& choice)> on_end;
+    std::function<void()> on_step = {};  // after each
+    // The raw logits of each output token, while the step runs; `position` is that of the token before.
+    std::function<void(size_t request, int position, std::span<const float> logits)> on_logits = {};
   };
   // Until all are done. Ctrl-C (terminal.h) cancels what is left.
   void Run(const Observer& observer);

@@ -9,6 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "cli/bench_capacity.h"
 #include "cli/bench_engine.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
@@ -153,6 +154,7 @@ void AddBench(CLI::App& app, Command& run) {
       ->type_name("FILE");
   AddEngineFlags(*command, flags->engine);
   command->callback([&run, flags] { run = [flags] { return RunBench(*flags); }; });
+  AddBenchCapacity(*bench, run);
 }
 
 }  // namespace jointkv::cli

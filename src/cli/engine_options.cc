@@ -95,6 +95,11 @@ void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
         "bounded: largest squared error of a block's K or V, relative to their energy");
   share("--kv-threshold", options.fusion.threshold, "cosine: least cosine of two key blocks");
   AddFusionScopeFlags(app, options.fusion);
+  app.parse_complete_callback([&app, &options] {
+    if (!options.deterministic || app.count("--kv-fusion") == 0 || options.fusion.policy == Policy::kOff) return;
+    throw CLI::ValidationError("--deterministic",
+                               "only with --kv-fusion off, for what a block is fused with depends on what else runs");
+  });
 }
 
 void AddModelFlags(CLI::App& app, engine::EngineOptions& options) {
@@ -112,7 +117,7 @@ void AddModelFlags(CLI::App& app, engine::EngineOptions& options) {
   };
   app.add_option_function<std::string>("--kv-bytes", parse_size, "cap of the KV arena: 512M, 2G")
       ->type_name("SIZE")
-      ->default_str("1/3 of free memory");
+      ->default_str(options.kv_bytes == 0 ? "1/3 of free memory" : FormatBytes(options.kv_bytes));
 }
 
 void AddEngineFlagsButKv(CLI::App& app, engine::EngineOptions& options) {

@@ -19,7 +19,8 @@ std::string DefaultModelPath();
 // kNotFound, saying what to do, when there is no such file.
 Status CheckModelFile(const std::string& path);
 
-// -m and all that changes how the engine runs. `options` must outlive the parse.
+// -m and all that changes how the engine runs. `options` must outlive the parse. Takes the command's
+// parse_complete_callback.
 void AddEngineFlags(CLI::App& app, engine::EngineOptions& options);
 // Of these only what loading the model and its KV memory need.
 void AddModelFlags(CLI::App& app, engine::EngineOptions& options);

@@ -77,6 +77,7 @@ Json ContextJson(const EvalContext& context) {
           {"version", JOINTKV_VERSION},
           {"model", context.model},
           {"threads", context.threads},
+          {"compute", context.compute},
           {"workload", context.workload},
           {"docs", context.docs.empty() ? Json() : Json(context.docs)},
           {"requests", context.requests},

@@ -26,6 +26,7 @@ struct EvalContext {
   std::vector<uint64_t> seeds = {};
   int head_dim = 0;
   int threads = 0;
+  std::string compute = {};  // precision of matrix products
 };
 
 // One setting, over all seeds.

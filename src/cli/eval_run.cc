@@ -112,11 +112,8 @@ void ForcedRun::MeasureBytes() {
   const bool all = !some_ended_ && std::ranges::all_of(tokens_, [](size_t n) { return n >= kTokensWhenDecoding; }) &&
                    engine_.stats().running == static_cast<int>(requests_.size());
   if (all) engine_.DropPrefixCache();
-  const kv::KvStats kv = engine_.kv_stats();
-  if (!all && kv.logical_bytes <= fullest.logical_bytes) return;
-  fullest.logical_bytes = kv.logical_bytes;
-  fullest.held_bytes = kv.held_bytes - (kv.used_bytes - kv.running_bytes);
-  fullest.metadata_bytes = kv.metadata_bytes + engine_.fusion_stats().metadata_bytes;
+  if (!all && engine_.cache().logical_bytes() <= fullest.logical_bytes) return;
+  fullest = Fullest::Of(engine_);
   fullest.all_resident = all;
 }
 
@@ -176,6 +173,13 @@ std::optional<KvType> ParseKvType(std::string_view name) {
   const auto rounding = codec::ParseRounding(name);
   if (!rounding.has_value() || *rounding == codec::Rounding::kNone) return std::nullopt;
   return KvType{.rounding = *rounding};
+}
+
+Fullest Fullest::Of(const Engine& engine) {
+  const kv::KvStats kv = engine.kv_stats();
+  return {.logical_bytes = kv.logical_bytes,
+          .held_bytes = kv.held_bytes - (kv.used_bytes - kv.running_bytes),
+          .metadata_bytes = kv.metadata_bytes + engine.fusion_stats().metadata_bytes};
 }
 
 engine::EngineOptions EvalSetting::Apply(engine::EngineOptions options) const {

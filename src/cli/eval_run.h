@@ -64,6 +64,8 @@ struct Fullest {
   size_t metadata_bytes = 0;  // the store's and fusion's
   bool all_resident = false;
 
+  static Fullest Of(const engine::Engine& engine);  // now
+
   double ratio() const {
     const size_t bytes = held_bytes + metadata_bytes;
     return bytes > 0 ? static_cast<double>(logical_bytes) / static_cast<double>(bytes) : 1;

@@ -39,6 +39,7 @@ void Engine::ForkChoices(Sequence& first) {
     sequence->tokens.reserve(longest + 1);
     sequence->tokens.assign(first.tokens.begin(), first.tokens.end());
     sequence->computed = first.computed;
+    sequence->decodes = true;
     sequence->sampler = first.sampler->Fork(choice);
     sequence->forked = true;
     sequence->kv = cache_->Fork(first.kv, longest);

@@ -95,8 +95,10 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   kv::KvCache::Options kv_options;
   kv_options.cap_bytes = options.kv_bytes == 0 ? AvailableMemoryBytes() / 3 : options.kv_bytes;
   kv_options.prefix_cache = options.prefix_cache;
-  ASSIGN_OR_RETURN(engine->cache_, kv::KvCache::Create(engine->model_->CacheShape(codec),
-                                                       kv::BlockCutter(std::move(ends_block)), kv_options));
+  joint::ShapeStore(engine->options_.fusion, kv_options);
+  ASSIGN_OR_RETURN(engine->cache_,
+                   kv::KvCache::Create(engine->model_->CacheShape(codec),
+                                       joint::CutterFor(engine->options_.fusion, std::move(ends_block)), kv_options));
   engine->model_->Bind(*engine->cache_);
   std::vector<const dense::RopeTable*> rope;
   for (int layer = 0; layer < engine->cache_->shape().n_layers(); ++layer) {
@@ -222,8 +224,14 @@ void Engine::Forward() {
   const models::StepInput input = {step_tokens_, step_spans_, logit_rows_};
   model_->Forward(input, *cache_, reinterpret_cast<float*>(logits_.data()));
   for (const PlannedSpan& planned : planned_) {
-    fusion_->OnSealed(planned.span.sequence, cache_->Commit(planned.span.sequence));
-    planned.sequence->computed += planned.span.rows;
+    Sequence& sequence = *planned.sequence;
+    sequence.computed += planned.span.rows;
+    auto phase = joint::Phase::kDecode;
+    if (!sequence.decodes) {
+      sequence.decodes = sequence.Remaining() == 0;
+      phase = sequence.decodes ? joint::Phase::kEntersDecode : joint::Phase::kPrefill;
+    }
+    fusion_->OnSealed(sequence.kv, cache_->Commit(sequence.kv), phase);
   }
 }
 

@@ -35,7 +35,8 @@ struct Engine::Sequence {
   std::optional<Sampler> sampler;  // from the first admission on: its counts are as large as the vocabulary
   text::StreamDetokenizer detokenizer;
   StopStringMatcher stops;
-  bool forked = false;  // the other choices exist (or n is 1)
+  bool decodes = false;  // its prompt is computed
+  bool forked = false;   // the other choices exist (or n is 1)
   bool finished = false;
   int planned_rows = 0;  // in the present step
 

@@ -144,6 +144,7 @@ void Engine::Preempt(Sequence& sequence) {
   cache_->Free(sequence.kv);
   sequence.kv = SequenceId();
   sequence.computed = 0;
+  sequence.decodes = false;
   sequence.planned_rows = 0;
   const auto found = std::ranges::find_if(running_, [&](const auto& s) { return s.get() == &sequence; });
   CHECK(found != running_.end());

@@ -11,12 +11,18 @@
 
 #include "base/thread_pool.h"
 #include "codec/rounding.h"
+#include "joint/cosine.h"
 #include "joint/policy.h"
 #include "joint/representatives.h"
+#include "joint/sketches.h"
 #include "joint/statistics.h"
 #include "kv/kv_cache.h"
 
 namespace jointkv::joint {
+
+// What the store has to be like for a policy.
+kv::BlockCutter CutterFor(const FusionOptions& options, std::vector<uint8_t> ends_block);
+void ShapeStore(const FusionOptions& options, kv::KvCache::Options& store);
 
 class Fusion {
  public:
@@ -28,8 +34,8 @@ class Fusion {
   // How a new sequence is to be created.
   kv::KvCache::Sharing SharingOf(bool request_allows) const;
 
-  // The blocks [sealed.first, sealed.last) of a sequence, just sealed by Commit.
-  void OnSealed(SequenceId sequence, kv::SealedRange sealed);
+  // The blocks [sealed.first, sealed.last) of a sequence, just sealed by Commit; may be none.
+  void OnSealed(SequenceId sequence, kv::SealedRange sealed, Phase phase);
 
   // Forgets representatives whose last owner is gone. OnSealed begins with it.
   void DropReleased();
@@ -39,27 +45,36 @@ class Fusion {
   bool enabled() const { return enabled_ && options_.policy != Policy::kOff; }
 
   FusionStats stats() const;
+  // Those of them that only grow: no walk over the table.
+  const FusionStats& counters() const { return stats_; }
   // The mean energy of a token in this table, which distortion is relative to; 0 before anything was sealed.
   double energy(int table) const { return statistics_.energy(table); }
-  // CHECKs that representatives live, are of one domain and class with their group, and within the budget. Slow.
+  // CHECKs that representatives live and are within the budget. Slow.
   void CheckIntegrity() const;
 
  private:
   // What becomes of one sealed physical block.
   struct Decision {
     enum class Kind : uint8_t { kLeave, kStay, kFuse } kind = Kind::kLeave;
-    BlockId target;         // kFuse
-    bool rejected = false;  // kStay: had candidates
-    float bound = 0;        // the member's (kFuse), or the block's own distance to what it was (kStay)
+    BlockId target;                // kFuse
+    bool equal_tokens = false;     // kFuse
+    Sketches::Sketch sketch = {};  // kStay, with `similarity`
+    bool rejected = false;         // kStay: had candidates
+    float bound = 0;               // the member's (kFuse), or the block's own distance to what it was (kStay)
   };
   struct Sealed {
     int index = 0;  // logical block
     GroupId group;
   };
 
+  void EncodeBounded(SequenceId sequence, kv::SealedRange range);
   void CollectSealed(SequenceId sequence, kv::SealedRange range);
   Decision Decide(SequenceId sequence, int table, const Sealed& sealed, std::byte* scratch);
   Decision Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, std::byte* scratch);
+  // The representative that is nearest within the budget, and how far it is. Sets what else it learns in `decision`.
+  double Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
+                 Decision& decision) const;
+  Sketches::Shape ShapeOf(GroupId group) const;
   // Distance in the policy's measure: sqrt(NMSE).
   double Distance(int table, std::span<const float, codec::kBlockTokensMax> squares, int tokens) const;
   double Between(int table, const std::byte* a, const std::byte* b, int cap, int tokens) const;
@@ -72,10 +87,11 @@ class Fusion {
   kv::KvCache& cache_;
   ThreadPool& pool_;
   bool enabled_ = true;
-  bool measured_ = false;  // statistics are full
   Statistics statistics_;
-  Representatives representatives_;
-  std::vector<float> inverse_energy_;  // (tables), once measured
+  Representatives representatives_;  // bounded
+  Sketches sketches_;                // of them, with `similarity`
+  Cosine cosine_;
+  std::vector<float> inverse_energy_;  // (tables); 0: not known yet
   std::vector<Sealed> sealed_;         // the present call's
   std::vector<Decision> decisions_;    // (tables, sealed)
   std::vector<BlockId> released_;

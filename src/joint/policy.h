@@ -28,6 +28,7 @@ struct FusionOptions {
   float threshold = 0.7F;       // least cosine of two key blocks
   bool across_requests = true;  // BFF: blocks of different running requests, from entering decode on
   bool across_chunks = true;    // CFF: blocks of different chunks of one prompt, during prefill
+  int chunk_tokens = 512;       // of CFF, as in the paper's code
 };
 
 struct FusionStats {

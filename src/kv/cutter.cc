@@ -1,5 +1,6 @@
 #include "kv/cutter.h"
 
+#include "base/check.h"
 #include "codec/layout.h"
 
 namespace jointkv::kv {
@@ -17,7 +18,15 @@ uint64_t MixPair(TokenId a, TokenId b) {
 
 }  // namespace
 
+BlockCutter BlockCutter::Grid(int tokens) {
+  CHECK(tokens >= kMinTokens && tokens <= codec::kBlockTokensMax);
+  BlockCutter cutter({});
+  cutter.grid_ = tokens;
+  return cutter;
+}
+
 bool BlockCutter::EndsAfter(int length, TokenId previous, TokenId token) const {
+  if (grid_ > 0) return length >= grid_;
   if (length >= codec::kBlockTokensMax) return true;
   if (length < kMinTokens) return false;
   if (token >= 0 && static_cast<size_t>(token) < ends_block_.size() && ends_block_[token] != 0) return true;

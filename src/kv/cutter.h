@@ -24,6 +24,9 @@ class BlockCutter {
   // ends_block[token] != 0: its text ends a line or is chat markup. Tokens past its end count as ordinary text.
   explicit BlockCutter(std::vector<uint8_t> ends_block) : ends_block_(std::move(ends_block)) {}
 
+  // Blocks of `tokens` tokens each, whatever they are.
+  static BlockCutter Grid(int tokens);
+
   // Whether a block of `length` tokens ends after `token`, which `previous` precedes in the block.
   bool EndsAfter(int length, TokenId previous, TokenId token) const;
 
@@ -32,6 +35,7 @@ class BlockCutter {
 
  private:
   std::vector<uint8_t> ends_block_;
+  int grid_ = 0;  // 0: by content
 };
 
 }  // namespace jointkv::kv

@@ -91,6 +91,7 @@ int KvCache::BlocksFor(std::span<const TokenId> tokens, int max_tokens) const {
 SequenceId KvCache::Create(DomainId domain, int max_tokens, Sharing sharing) {
   auto sequence = std::make_unique<Sequence>();
   sequence->domain = domain;
+  sequence->serial = next_serial_++;
   sequence->lossy = sharing == Sharing::kLossy;
   sequence->max_tokens = max_tokens;
   sequence->tokens.reserve(max_tokens);
@@ -561,6 +562,45 @@ void KvCache::Redirect(SequenceId id, int table, int index, BlockId target, floa
   }
 }
 
+bool KvCache::RedirectAll(int table, BlockId from, BlockId target, float scale) {
+  CHECK(from != target && refs_[from.index()] > 0 && refs_[target.index()] > 0);
+  std::vector<EntryId> entries;
+  int slots = 0;
+  int cap = 0;
+  for (const auto& s : sequences_) {
+    for (size_t i = 0; s != nullptr && i < s->blocks.size(); ++i) {
+      if (Row(*s, table)[i] != from) continue;
+      ++slots;
+      cap = s->blocks[i].cap;
+      if (i < s->chain.size()) entries.push_back(s->chain[i]);
+    }
+  }
+  std::ranges::sort(entries);
+  entries.erase(std::unique(entries.begin(), entries.end()), entries.end());
+  if (refs_[from.index()] != slots + static_cast<int>(entries.size()) || slots == 0) return false;
+  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += shape_.layout.block_bytes(cap);
+  running_bytes_ -= shape_.layout.block_bytes(cap);
+  for (const EntryId id : entries) {
+    index_[id].blocks[table] = target;
+    if (options_.scales) index_[id].scales[table] *= scale;
+    Ref(target);
+    ++index_refs_[target.index()];
+    --index_refs_[from.index()];
+    Unref(from, cap);
+  }
+  for (const auto& s : sequences_) {
+    for (size_t i = 0; s != nullptr && i < s->blocks.size() && slots > 0; ++i) {
+      if (Row(*s, table)[i] != from) continue;
+      --slots;
+      Row(*s, table)[i] = target;
+      if (options_.scales) ScaleRow(*s, table)[i] *= scale;
+      Ref(target);
+      Unref(from, cap);
+    }
+  }
+  return true;
+}
+
 BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
   CHECK(Redirectable(id, table, index));
   Sequence& s = Get(id);
@@ -619,6 +659,8 @@ void KvCache::SetScale(SequenceId sequence, int table, int index, float scale) {
 }
 
 DomainId KvCache::domain(SequenceId sequence) const { return Get(sequence).domain; }
+
+int64_t KvCache::serial(SequenceId sequence) const { return Get(sequence).serial; }
 
 bool KvCache::lossy(SequenceId sequence) const { return Get(sequence).lossy; }
 

@@ -112,11 +112,15 @@ class KvCache {
   // Lets such a slot, and its index entry, refer to `target` (same tokens count, class and domain) and frees its own
   // block. `scale` multiplies target's values for this slot; 1 unless Options::scales.
   void Redirect(SequenceId sequence, int table, int index, BlockId target, float scale = 1);
+  // Lets every slot and index entry that refers to `from` refer to `target` instead, multiplying their factors by
+  // `scale`. False, and nothing changed, when an entry that no running sequence uses refers to it too.
+  bool RedirectAll(int table, BlockId from, BlockId target, float scale);
   // Moves such a slot's own block to the lowest free place of its class, so that slabs of short-lived blocks run empty.
   // Returns where it lies now.
   BlockId MoveDown(SequenceId sequence, int table, int index);
   // After the last owner of a watched block is gone, its id is in TakeReleased once, and may be in use again already.
   void Watch(BlockId block);
+  void Unwatch(BlockId block) { watched_[block.index()] = 0; }
   bool watched(BlockId block) const { return watched_[block.index()] != 0; }
   void TakeReleased(std::vector<BlockId>& out);
 
@@ -137,6 +141,7 @@ class KvCache {
   std::span<const TokenId> tokens(SequenceId sequence) const;
   DomainId domain(SequenceId sequence) const;
   bool lossy(SequenceId sequence) const;
+  int64_t serial(SequenceId sequence) const;  // of its creation: never used again
   int length(SequenceId sequence) const { return static_cast<int>(tokens(sequence).size()); }
   int sharers(BlockId block) const { return refs_[block.index()]; }
   int total_blocks() const { return arena_->total_granules(); }  // ids are below it
@@ -196,6 +201,7 @@ class KvCache {
   std::vector<int> free_sequences_;
   size_t running_bytes_ = 0;
   size_t logical_tokens_ = 0;
+  int64_t next_serial_ = 0;
   int64_t prefix_hit_tokens_ = 0;
   int64_t prefix_query_tokens_ = 0;
   int64_t evicted_blocks_ = 0;

@@ -12,6 +12,7 @@ namespace jointkv::kv {
 namespace {
 
 using Tokens = std::vector<TokenId>;
+using Sharing = KvCache::Sharing;
 
 constexpr DomainId kA(0);
 constexpr DomainId kB(1);
@@ -34,18 +35,19 @@ Tokens operator+(Tokens a, const Tokens& b) {
 
 class Store {
  public:
-  explicit Store(std::vector<int> window = {0, 0}, int slabs = 16, bool prefix_cache = true) {
+  explicit Store(std::vector<int> window = {0, 0}, int slabs = 16, bool prefix_cache = true, bool absolute_keys = false,
+                 bool scales = false) {
     std::vector<uint8_t> ends(1, 1);
     auto cache = KvCache::Create({{1, 4, codec::Codec::kBf16}, std::move(window)}, BlockCutter(std::move(ends)),
-                                 {slabs * kSlab, prefix_cache});
+                                 {slabs * kSlab, prefix_cache, absolute_keys, scales});
     EXPECT_TRUE(cache.ok()) << cache.status().ToString();
     cache_ = std::move(cache).value();
   }
 
   KvCache* operator->() { return cache_.get(); }
 
-  SequenceId Create(DomainId domain, int max_tokens = 64) {
-    const SequenceId id = cache_->Create(domain, max_tokens);
+  SequenceId Create(DomainId domain, int max_tokens = 64, Sharing sharing = Sharing::kExact) {
+    const SequenceId id = cache_->Create(domain, max_tokens, sharing);
     domains_[id] = domain;
     return id;
   }
@@ -77,8 +79,8 @@ class Store {
     Check(id);
   }
   // A new sequence that adopts what it can of `prompt` and computes the rest.
-  SequenceId Run(DomainId domain, const Tokens& prompt, int expected_hit) {
-    const SequenceId id = Create(domain);
+  SequenceId Run(DomainId domain, const Tokens& prompt, int expected_hit, Sharing sharing = Sharing::kExact) {
+    const SequenceId id = Create(domain, 64, sharing);
     EXPECT_EQ(Adopt(id, prompt), expected_hit);
     EXPECT_TRUE(Step(id, Tokens(prompt.begin() + cache_->length(id), prompt.end())));
     return id;
@@ -537,6 +539,247 @@ TEST(KvCache, RoomForANewSequenceCountsWhatRunsNotWhatIsCached) {
   EXPECT_FALSE(store->HasRoomFor(200, 0));
 }
 
+TEST(KvCache, LossyAndExactSequencesShareNoPrefix) {
+  Store store;
+  const Tokens prompt = Line(1, 10) + Line(2, 8) + Tokens{5};
+  const SequenceId exact = store.Run(kA, prompt, 0);
+  const SequenceId lossy = store.Run(kA, prompt, 0, Sharing::kLossy);
+  EXPECT_FALSE(store->lossy(exact));
+  EXPECT_TRUE(store->lossy(lossy));
+  for (int i = 0; i < 2; ++i) EXPECT_NE(store.Block(exact, 0, i), store.Block(lossy, 0, i));
+  const SequenceId exact_too = store.Run(kA, prompt, 18);
+  const SequenceId lossy_too = store.Run(kA, prompt, 18, Sharing::kLossy);
+  EXPECT_EQ(store.Block(exact_too, 0, 1), store.Block(exact, 0, 1));
+  EXPECT_EQ(store.Block(lossy_too, 0, 1), store.Block(lossy, 0, 1));
+  EXPECT_TRUE(store->lossy(store.Fork(lossy)));
+}
+
+TEST(KvCache, ARedirectFreesTheBlockAndMovesItsForksAndItsEntryAlong) {
+  Store store;
+  const SequenceId a = store.Run(kA, Line(1, 10), 0, Sharing::kLossy);
+  const SequenceId b = store.Run(kA, Line(2, 10) + Tokens{1}, 0, Sharing::kLossy);
+  const SequenceId fork = store.Fork(b);
+  const BlockId target = store.Block(a, 0, 0);
+  const KvStats before = store->stats();
+  store->Redirect(b, 0, 0, target);
+  store->CheckIntegrity();
+  EXPECT_EQ(store.Block(b, 0, 0), target);
+  EXPECT_EQ(store.Block(fork, 0, 0), target);
+  EXPECT_EQ(store->sharers(target), 5);  // three slots, two entries
+  EXPECT_EQ(store->stats().used_bytes, before.used_bytes - 3 * kGranule);
+  EXPECT_EQ(store->stats().running_bytes, before.running_bytes - 3 * kGranule);
+  EXPECT_NE(store->table(b, 0, Kind::kV)[0], store->table(a, 0, Kind::kV)[0]);  // each table for itself
+  // Whoever adopts the chain finds it there.
+  const SequenceId c = store->Create(kA, 64, Sharing::kLossy);
+  ASSERT_EQ(store->AdoptPrefix(c, Line(2, 10) + Tokens{1}), 10);
+  EXPECT_EQ(store.Block(c, 0, 0), target);
+  for (const SequenceId id : {a, b, fork, c}) store.Free(id);
+  EXPECT_EQ(store->stats().running_bytes, 0u);
+  store->DropPrefixCache();
+  store->CheckIntegrity();
+  EXPECT_EQ(store->stats().used_bytes, 0u);
+}
+
+// The target may be idle, of the index alone: it runs from then on.
+TEST(KvCache, ARedirectToAnIdleBlockMakesItRun) {
+  Store store;
+  const SequenceId a = store.Run(kA, Line(1, 10), 0, Sharing::kLossy);
+  const BlockId target = store.Block(a, 1, 0);
+  store.Free(a);
+  const SequenceId b = store.Run(kA, Line(2, 10), 0, Sharing::kLossy);
+  const size_t running = store->stats().running_bytes;
+  store->Redirect(b, 2, 0, target);
+  store->CheckIntegrity();
+  EXPECT_EQ(store->stats().running_bytes, running);
+  store->DropPrefixCache();
+  store->CheckIntegrity();
+  EXPECT_EQ(store.Block(b, 1, 0), target);
+}
+
+TEST(KvCache, OnlyOwnSealedBlocksOfLossySequencesAreRedirectable) {
+  Store store({0, 12});
+  const SequenceId exact = store.Run(kA, Line(1, 10), 0);
+  EXPECT_FALSE(store->Redirectable(exact, 0, 0));
+
+  const SequenceId lossy = store.Run(kA, Line(1, 10) + Tokens{1, 2}, 0, Sharing::kLossy);
+  EXPECT_TRUE(store->Redirectable(lossy, 0, 0));
+  EXPECT_FALSE(store->Redirectable(lossy, 0, 1));  // open
+  const SequenceId fork = store.Fork(lossy);
+  EXPECT_TRUE(store->Redirectable(lossy, 0, 0));  // forks count as one with it
+  EXPECT_TRUE(store->Redirectable(fork, 0, 0));
+
+  const SequenceId other = store.Run(kA, Line(2, 10), 0, Sharing::kLossy);
+  store->Redirect(other, 0, 0, store.Block(lossy, 0, 0));
+  EXPECT_FALSE(store->Redirectable(other, 0, 0));  // another's block
+  EXPECT_FALSE(store->Redirectable(lossy, 0, 0));  // it has become one for others
+  EXPECT_TRUE(store->Redirectable(other, 1, 0));
+
+  ASSERT_TRUE(store->Append(other, Line(3, 14)));
+  store->Commit(other);
+  EXPECT_FALSE(store.Block(other, 1, 0).valid());  // left the window
+  EXPECT_FALSE(store->Redirectable(other, 2, 0));
+}
+
+// An entry in use whose window block is idle for it, but runs as another's representative, waits for its turn.
+TEST(KvCache, AStripWaitsForARepresentativesLastReader) {
+  Store store({0, 12});
+  const SequenceId far = store.Run(kA, FiveLines(), 0, Sharing::kLossy);
+  const SequenceId near = store.Run(kA, Line(8, 8) + Tokens{1}, 0, Sharing::kLossy);
+  // `far` looked past its first lines; its entries still name them. One serves `near`.
+  const SequenceId shallow = store.Run(kA, Line(1, 8) + Tokens{1}, 8, Sharing::kLossy);
+  const BlockId representative = store.Block(shallow, 1, 0);
+  store->Redirect(near, 2, 0, representative);
+  store.Free(shallow);
+  store->DropPrefixCache();
+  store->CheckIntegrity();
+  EXPECT_EQ(store.Block(near, 1, 0), representative);
+  EXPECT_EQ(store->stats().used_bytes, store->stats().running_bytes);
+  store.Free(near);
+  EXPECT_GT(store->stats().used_bytes, store->stats().running_bytes);
+  store->DropPrefixCache();
+  store->CheckIntegrity();
+  EXPECT_EQ(store->stats().used_bytes, store->stats().running_bytes);
+  EXPECT_FALSE(store.Block(far, 1, 0).valid());
+}
+
+TEST(KvCache, RedirectAllTakesEverySlotAndEntryAlong) {
+  Store store({0, 0}, 16, true, false, true);
+  const SequenceId a = store.Run(kA, Line(1, 10), 0, Sharing::kLossy);
+  const SequenceId b = store.Run(kA, Line(2, 10) + Line(3, 10), 0, Sharing::kLossy);
+  const SequenceId c = store.Run(kA, Line(4, 10) + Tokens{1}, 0, Sharing::kLossy);
+  const BlockId from = store.Block(a, 0, 0);
+  const BlockId target = store.Block(c, 0, 0);
+  store->Redirect(b, 0, 1, from, 0.5F);  // at another index
+  const SequenceId fork = store->Fork(b, 64);
+  const size_t used = store->stats().used_bytes;
+  ASSERT_TRUE(store->RedirectAll(0, from, target, 4));
+  store->CheckIntegrity();
+  EXPECT_EQ(store.Block(a, 0, 0), target);
+  EXPECT_EQ(store.Block(b, 0, 1), target);
+  EXPECT_EQ(store.Block(fork, 0, 1), target);
+  EXPECT_EQ(store->stats().used_bytes, used - 3 * kGranule);
+  EXPECT_EQ(store->scales(a, 0, Kind::kK)[0], 4);
+  EXPECT_EQ(store->scales(fork, 0, Kind::kK)[1], 2);
+  EXPECT_EQ(store->scales(c, 0, Kind::kK)[0], 1);
+  const SequenceId adopted = store->Create(kA, 64, Sharing::kLossy);
+  ASSERT_EQ(store->AdoptPrefix(adopted, Line(2, 10) + Line(3, 10) + Tokens{1}), 20);
+  EXPECT_EQ(store.Block(adopted, 0, 1), target);
+  EXPECT_EQ(store->scales(adopted, 0, Kind::kK)[1], 2);
+  // An entry that nobody uses cannot be found from the tables.
+  store.Free(a);
+  const SequenceId d = store.Run(kA, Line(5, 10), 0, Sharing::kLossy);
+  EXPECT_FALSE(store->RedirectAll(0, target, store.Block(d, 0, 0), 1));
+  store->CheckIntegrity();
+  EXPECT_EQ(store.Block(c, 0, 0), target);
+}
+
+TEST(KvCache, MoveDownFillsTheLowestGap) {
+  Store store({0}, 16, false);
+  std::vector<SequenceId> fillers;
+  for (int i = 0; i < 30; ++i) fillers.push_back(store.Run(kA, Line(i, 10), 0));  // 40 blocks to a slab
+  const SequenceId id = store.Run(kA, Line(50, 10) + Tokens{1}, 0, Sharing::kLossy);
+  const SequenceId fork = store.Fork(id);
+  const BlockId high = store.Block(id, 0, 0);
+  EXPECT_EQ(store->MoveDown(id, 0, 0), high);  // nothing is free below
+  const BlockId gap = store.Block(fillers[3], 0, 0);
+  store.Free(fillers[3]);
+  const size_t used = store->stats().used_bytes;
+  EXPECT_EQ(store->MoveDown(id, 0, 0), gap);
+  EXPECT_EQ(store.Block(id, 0, 0), gap);
+  EXPECT_EQ(store.Block(fork, 0, 0), gap);
+  EXPECT_EQ(store->stats().used_bytes, used);
+  store.Check(id);
+  store.Check(fork);
+}
+
+TEST(KvCache, AWatchedBlocksEndIsToldOnce) {
+  Store store;
+  std::vector<BlockId> released = {BlockId(7)};
+  const SequenceId a = store.Run(kA, Line(1, 10), 0, Sharing::kLossy);
+  const SequenceId b = store.Run(kA, Line(2, 10), 0, Sharing::kLossy);
+  const BlockId watched = store.Block(a, 0, 0);
+  store->Watch(watched);
+  EXPECT_TRUE(store->watched(watched));
+  store->Redirect(b, 0, 0, watched);
+  store.Free(a);
+  store.Free(b);
+  store->TakeReleased(released);
+  EXPECT_TRUE(released.empty()) << "the index still has it";
+  store->DropPrefixCache();
+  const SequenceId next = store.Run(kA, Line(3, 10), 0, Sharing::kLossy);
+  EXPECT_EQ(store.Block(next, 0, 0), watched) << "in use again";
+  EXPECT_FALSE(store->watched(watched));
+  store->TakeReleased(released);
+  EXPECT_EQ(released, std::vector<BlockId>{watched});
+  store->TakeReleased(released);
+  EXPECT_TRUE(released.empty());
+}
+
+TEST(KvCache, KeysCountFromTheirBlockOrFromZero) {
+  for (const bool absolute : {false, true}) {
+    Store store({0}, 16, true, absolute);
+    const SequenceId id = store.Run(kA, Line(1, 10) + Line(2, 8) + Tokens{1}, 0);
+    const SequenceId adopted = store.Run(kA, Line(1, 10) + Line(2, 8) + Tokens{2}, 18);
+    for (const SequenceId each : {id, adopted, store.Fork(id)}) {
+      for (const LogicalBlock& block : store->blocks(each)) EXPECT_EQ(block.base, absolute ? 0 : block.start);
+    }
+  }
+}
+
+TEST(KvCache, FactorsFollowTheirSlots) {
+  Store store({0, 0}, 16, true, false, true);
+  const SequenceId a = store.Run(kA, Line(1, 10), 0, Sharing::kLossy);
+  const SequenceId b = store.Run(kA, Line(2, 10) + Tokens{1}, 0, Sharing::kLossy);
+  const auto scale = [&](SequenceId id, int index) { return store->scales(id, 0, Kind::kV)[index]; };
+  EXPECT_EQ(scale(b, 0), 1);
+  const SequenceId fork = store.Fork(b);
+  store->Redirect(b, 1, 0, store->table(a, 0, Kind::kV)[0], 0.5F);
+  EXPECT_EQ(scale(a, 0), 1);
+  EXPECT_EQ(scale(b, 0), 0.5F);
+  EXPECT_EQ(scale(fork, 0), 0.5F);
+  EXPECT_EQ(store->scales(b, 0, Kind::kK)[0], 1);
+  EXPECT_EQ(scale(store->Fork(fork, 64), 0), 0.5F);
+  // By the index, to who adopts and to who computes the same.
+  const SequenceId adopted = store->Create(kA, 64, Sharing::kLossy);
+  ASSERT_EQ(store->AdoptPrefix(adopted, Line(2, 10) + Tokens{1}), 10);
+  EXPECT_EQ(scale(adopted, 0), 0.5F);
+  const SequenceId beside = store->Create(kA, 64, Sharing::kLossy);
+  ASSERT_TRUE(store->Append(beside, Line(2, 10) + Line(3, 10)));
+  store->Commit(beside);
+  EXPECT_EQ(scale(beside, 0), 0.5F);
+  EXPECT_EQ(scale(beside, 1), 1);
+  store->SetScale(beside, 1, 1, 2);
+  const SequenceId late = store->Create(kA, 64, Sharing::kLossy);
+  ASSERT_EQ(store->AdoptPrefix(late, Line(2, 10) + Line(3, 10) + Tokens{1}), 20);
+  EXPECT_EQ(scale(late, 1), 2);
+  // Tables that grow take them along.
+  for (int i = 0; i < 30; ++i) {
+    ASSERT_TRUE(store->Append(late, Line(10 + i, 4)));
+    store->Commit(late);
+  }
+  EXPECT_EQ(scale(late, 0), 0.5F);
+  EXPECT_EQ(scale(late, 1), 2);
+  EXPECT_EQ(scale(late, 31), 1);
+  store->CheckIntegrity();
+  Store plain;
+  EXPECT_EQ(plain->scales(plain.Run(kA, Line(1, 10), 0), 0, Kind::kK), nullptr);
+}
+
+// What a decoding sequence may still take has room in its tables from the start: no allocation, no stale views.
+TEST(KvCache, AdoptPrefixReservesTheTables) {
+  Store store({0, 0}, 64);
+  const Tokens prompt = Line(1, 10) + Line(2, 8);
+  store.Run(kA, prompt, 0);
+  const SequenceId id = store.Create(kA, 18 + 80);
+  ASSERT_EQ(store.Adopt(id, prompt + Tokens{1}), 18);
+  const BlockId* table = store->table(id, 1, Kind::kV);
+  const LogicalBlock* blocks = store->blocks(id).data();
+  ASSERT_TRUE(store.Step(id, {1}));
+  for (int i = 1; i < 80; ++i) ASSERT_TRUE(store.Step(id, {i % 4 == 3 ? kLineEnd : 1}));  // blocks as short as can be
+  EXPECT_EQ(store->table(id, 1, Kind::kV), table);
+  EXPECT_EQ(store->blocks(id).data(), blocks);
+}
+
 TEST(KvCacheDeathTest, TheStepProtocolIsChecked) {
   Store store;
   const SequenceId id = store.Create(kA);
@@ -546,6 +789,15 @@ TEST(KvCacheDeathTest, TheStepProtocolIsChecked) {
   EXPECT_DEATH(store->AdoptPrefix(id, Tokens{4}), "empty");
   store->Free(id);
   EXPECT_DEATH(store->Commit(id), "sequences_");
+}
+
+TEST(KvCacheDeathTest, RedirectsAreChecked) {
+  Store store;
+  const SequenceId exact = store.Run(kA, Line(1, 10), 0);
+  const SequenceId lossy = store.Run(kA, Line(1, 10), 0, Sharing::kLossy);
+  EXPECT_DEATH(store->Redirect(exact, 0, 0, store.Block(lossy, 0, 0)), "Redirectable");
+  EXPECT_DEATH(store->Redirect(lossy, 0, 0, store.Block(lossy, 0, 0)), "own != target");
+  EXPECT_DEATH(store->MoveDown(exact, 0, 0), "Redirectable");
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ struct Entry {
   int users = 0;
   int64_t unused_since = 0;
   int cap = 0;
-  uint64_t history = 0;         // of domain and tokens up to the block's end: its name
+  uint64_t name = 0;            // hash of domain, tree and tokens up to the block's end
   int64_t seen_at = -1;         // operation at which `blocks` were last filled in
   std::vector<BlockId> blocks;  // by table
 };
@@ -56,6 +56,7 @@ struct Entry {
 struct Mirror {
   SequenceId id;
   DomainId domain;
+  bool lossy = false;
   std::vector<TokenId> tokens;
   std::vector<uint64_t> histories;
   std::vector<TokenId> todo;  // prompt tokens not yet appended
@@ -102,12 +103,13 @@ class Run {
   bool Step() {
     const int draw = Below(1000);
     if (draw < 130) return Create();
-    if (draw < 460) return Append();
-    if (draw < 680) return Write();
-    if (draw < 880) return Commit();
-    if (draw < 920) return Fork();
-    if (draw < 975) return Free(false);
-    if (draw < 998) return Free(true);  // cancelled in mid-step
+    if (draw < 445) return Append();
+    if (draw < 665) return Write();
+    if (draw < 865) return Commit();
+    if (draw < 905) return Fork();
+    if (draw < 960) return Free(false);
+    if (draw < 980) return Free(true);  // cancelled in mid-step
+    if (draw < 998) return Move();
     return Drop();
   }
 
@@ -130,8 +132,10 @@ class Run {
       const auto more = RandomTokens(Below(20));
       prompt.insert(prompt.end(), more.begin(), more.end());
     }
-    m.id = cache_->Create(m.domain, 1 + Below(kTokensMax));
-    const auto [known, chain] = Longest(m.domain, prompt);
+    m.lossy = Below(3) == 0;
+    m.id =
+        cache_->Create(m.domain, 1 + Below(kTokensMax), m.lossy ? KvCache::Sharing::kLossy : KvCache::Sharing::kExact);
+    const auto [known, chain] = Longest(m, prompt);
     const int adopted = cache_->AdoptPrefix(m.id, prompt);
     if (config_.any_window()) {
       EXPECT_LE(adopted, known);
@@ -155,15 +159,17 @@ class Run {
     return true;
   }
 
+  static uint64_t Name(const Mirror& m, uint64_t history) { return MixContent(history, m.lossy); }
+
   // The longest chain of known whole blocks that leaves a token over: its length, and each block's end and entry.
-  std::pair<int, std::vector<std::pair<int, Entry*>>> Longest(DomainId domain, std::span<const TokenId> prompt) {
-    const auto histories = Histories(domain, prompt);
+  std::pair<int, std::vector<std::pair<int, Entry*>>> Longest(const Mirror& m, std::span<const TokenId> prompt) {
+    const auto histories = Histories(m.domain, prompt);
     std::vector<std::pair<int, Entry*>> chain;
     int end = 0;
     while (true) {
       const int length = cache_->cutter().FirstBlock(prompt.subspan(end));
       if (length == 0 || end + length >= static_cast<int>(prompt.size())) break;
-      const auto found = entries_.find(histories[end + length - 1]);
+      const auto found = entries_.find(Name(m, histories[end + length - 1]));
       if (found == entries_.end()) break;
       end += length;
       chain.emplace_back(end, found->second.get());
@@ -210,13 +216,13 @@ class Run {
 
   void EvictOldest() {
     Entry* oldest = nullptr;
-    for (const auto& [history, entry] : entries_) {
+    for (const auto& [name, entry] : entries_) {
       if (entry->users == 0 && (oldest == nullptr || entry->unused_since < oldest->unused_since)) oldest = entry.get();
     }
     ASSERT_NE(oldest, nullptr);
     EXPECT_EQ(oldest->children, 0);
     if (oldest->parent != nullptr) --oldest->parent->children;
-    entries_.erase(oldest->history);
+    entries_.erase(oldest->name);
     ++evictions_;
   }
 
@@ -245,11 +251,11 @@ class Run {
   }
 
   void Publish(Mirror& m, size_t index, const LogicalBlock& block) {
-    const uint64_t history = m.histories[block.start + block.tokens - 1];
-    auto& entry = entries_[history];
+    const uint64_t name = Name(m, m.histories[block.start + block.tokens - 1]);
+    auto& entry = entries_[name];
     if (entry == nullptr) {
       entry = std::make_unique<Entry>();
-      entry->history = history;
+      entry->name = name;
       entry->parent = m.chain.empty() ? nullptr : m.chain.back();
       if (entry->parent != nullptr) ++entry->parent->children;
       entry->cap = block.cap;
@@ -285,6 +291,36 @@ class Run {
     }
     if (m != &mirrors_.back()) *m = std::move(mirrors_.back());
     mirrors_.pop_back();
+    return true;
+  }
+
+  // What joint encoding does, without changing a value: a block moves down, or (where no index keeps blocks too, which
+  // would have to be counted) gives way to another sequence's of the same history.
+  bool Move() {
+    Mirror* m = Pick([](const Mirror& x) { return x.lossy && x.committed > 0; });
+    if (m == nullptr) return false;
+    const int index = Below(static_cast<int>(cache_->blocks(m->id).size()));
+    const int table = Below(cache_->shape().n_tables());
+    if (!cache_->Redirectable(m->id, table, index)) return false;
+    const auto block_of = [&](const Mirror& x) {
+      return cache_->table(x.id, table / 2, static_cast<Kind>(table % 2))[index];
+    };
+    const LogicalBlock block = cache_->blocks(m->id)[index];
+    const int last = block.start + block.tokens - 1;
+    const Mirror* other = Pick([&](const Mirror& x) {
+      return !config_.prefix_cache && x.committed > last && x.histories[last] == m->histories[last] &&
+             cache_->blocks(x.id)[index].cap == block.cap && block_of(x).valid() && block_of(x) != block_of(*m);
+    });
+    if (other == nullptr) {
+      const BlockId before = block_of(*m);
+      moves_ += cache_->MoveDown(m->id, table, index) != before;
+    } else {
+      const BlockId target = block_of(*other);
+      cache_->Redirect(m->id, table, index, target);
+      EXPECT_EQ(block_of(*m), target);
+      ++redirects_;
+    }
+    CheckContent(*m);
     return true;
   }
 
@@ -351,7 +387,7 @@ class Run {
     EXPECT_LE(stats.used_bytes, stats.held_bytes);
     if (config_.any_window()) return;
     size_t idle = 0;
-    for (const auto& [history, entry] : entries_) {
+    for (const auto& [name, entry] : entries_) {
       if (entry->users == 0) idle += n_tables * config_.layout.block_bytes(entry->cap);
     }
     EXPECT_EQ(stats.used_bytes, running + idle);
@@ -380,12 +416,14 @@ class Run {
     std::cout << config_.name << ": seed " << config_.seed << ", " << operation_ << " operations, " << adoptions_
               << " adoptions (" << short_adoptions_ << " cut short by windows), " << evictions_ << " evictions, "
               << failures_ << " failed appends, " << stats.copies_on_write << " copies on write, " << departures_
-              << " chains left for a size class\n";
+              << " chains left for a size class, " << moves_ << " moves, " << redirects_ << " redirects\n";
     if (operation_ < 10'000) return;
     EXPECT_GT(failures_, 0);
     EXPECT_GT(stats.copies_on_write, 0);
     EXPECT_EQ(adoptions_ > 0, config_.prefix_cache);
     EXPECT_EQ(evictions_ > 0, config_.prefix_cache);
+    EXPECT_TRUE(moves_ > 0 || config_.slabs < 5);  // in so few a class hardly ever has two
+    EXPECT_EQ(redirects_ > 0, !config_.prefix_cache);
   }
 
   const Config& config_;
@@ -393,7 +431,7 @@ class Run {
   std::unique_ptr<KvCache> cache_;
   std::vector<TokenId> texts_[4];
   std::vector<Mirror> mirrors_;
-  std::unordered_map<uint64_t, std::unique_ptr<Entry>> entries_;  // by history
+  std::unordered_map<uint64_t, std::unique_ptr<Entry>> entries_;  // by name
   std::vector<int> owners_;
   std::vector<DomainId> domain_of_;
   int64_t clock_ = 0;
@@ -403,6 +441,8 @@ class Run {
   int64_t evictions_ = 0;
   int64_t failures_ = 0;
   int64_t departures_ = 0;
+  int64_t moves_ = 0;
+  int64_t redirects_ = 0;
 };
 
 int OperationsPerConfig() {

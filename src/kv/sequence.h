@@ -10,6 +10,7 @@ namespace jointkv::kv {
 // Tables are one array of rows, each `table_capacity` ids long, so that a kernel walks one row contiguously.
 struct KvCache::Sequence {
   DomainId domain;
+  int64_t serial = 0;
   bool lossy = false;  // its blocks may be redirected; its prefixes are those of other lossy sequences
   std::vector<TokenId> tokens;
   std::vector<LogicalBlock> blocks;

@@ -319,6 +319,10 @@ class Eval(Case):
         self.assert_usage("/nonexistent.jsonl", "analyze", "--docs", "/nonexistent.jsonl")
         self.assert_usage("--kv-fusion", "generate", "--prompt", "a", "--kv-fusion", "perhaps")
         self.assert_usage("--kv-budget", "generate", "--prompt", "a", "--kv-budget", "0")
+        for command in (["generate", "--prompt", "a"], ["chat"], ["demo"], ["bench", "engine"], ["bench", "capacity"]):
+            for policy in ("bounded", "cosine"):
+                self.assert_usage("--deterministic: only with --kv-fusion off", *command, "--deterministic",
+                                  "--kv-fusion", policy)
 
 
 class Others(Case):
@@ -332,7 +336,8 @@ class Others(Case):
 
     def test_help(self):
         for command in (["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"],
-                        ["bench", "engine", "--help"], ["demo", "--help"], ["eval", "--help"], ["analyze", "--help"]):
+                        ["bench", "engine", "--help"],
+                        ["bench", "capacity", "--help"], ["demo", "--help"], ["eval", "--help"], ["analyze", "--help"]):
             done = run(*command)
             self.assertEqual((done.returncode, done.stderr), (0, ""), command)
             self.assertIn("Usage: jointkv", done.stdout)
@@ -366,9 +371,37 @@ class Others(Case):
         done = run("demo", "--requests", 2, "--documents", 2, "--pool", 3, "--output-tokens", 4, "--summary",
                    self.scratch / "summary.json", *KV)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("KV memory, peak", done.stdout)
+        self.assertRegex(done.stdout, r"(?m)^fusion of KV blocks +off +bounded$")
+        for name in ("KV memory, fullest", "running at once, peak", "KL against off, mean"):
+            self.assertIn(name, done.stdout)
         summary = json.loads((self.scratch / "summary.json").read_text())
         self.assertEqual((summary["requests"], summary["output_tokens"]), (2, 8))
+        for name in ("off", "bounded"):
+            self.assertEqual((summary[name]["requests"], summary[name]["output_tokens"]), (2, 8))
+            self.assertGreater(summary[name]["compression"], 0.5)
+        self.assertEqual(summary["bounded"]["kl_tokens"], 8)
+        self.assertNotIn("kl_mean", summary["off"])
+        self.assertEqual(summary["running_peak"], summary["bounded"]["running_peak"])
+
+    def test_demo_without_fusion(self):
+        small = ["demo", "--requests", 2, "--documents", 2, "--pool", 3, "--output-tokens", 2, *KV]
+        for off in (["--kv-fusion", "off"], ["--deterministic"], ["--deterministic", "--kv-fusion", "off"]):
+            done = run(*small, *off)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertRegex(done.stdout, r"(?m)^fusion of KV blocks +off$")
+            self.assertNotIn("KL", done.stdout)
+
+    def test_bench_capacity(self):
+        done = run("bench", "capacity", "--requests", 6, "--documents", 4, "--pool", 5, "--output-tokens", 8,
+                   "--kv-bytes", "48M", "--json", "-")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        off, bounded = json.loads(done.stdout)["results"]
+        self.assertEqual((off["policy"], bounded["policy"]), ("off", "bounded"))
+        self.assertEqual((off["held_ratio"], off["decode_ratio"]), (1, 1))
+        self.assertTrue(1 <= off["held"] < 6)
+        self.assertGreaterEqual(bounded["held"], off["held"])
+        for result in (off, bounded):
+            self.assertEqual(result["summary"]["requests"], 6)
 
 
 if __name__ == "__main__":
