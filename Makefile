@@ -19,7 +19,7 @@ serve: ## chat with the model on the terminal
 test: setup ## build and run the tests
 	@ctest --preset release
 
-demo: ## run a batch of prompts and print a table of what it took
+demo: ## run a batch of prompts with fusion off and on, and print a table of what each took
 	@tools/setup --program
 	@build/jointkv demo
 
