@@ -173,7 +173,7 @@ TEST(DeterminismTest, RealPrompts) {
   const Setting alone = {.name = "alone", .one_by_one = true};
   const Result reference = RunJobs(options, alone, jobs);
   // Room for a few of them.
-  Setting tight = {.name = "together, little room", .kv_bytes = size_t{8} << 20};
+  Setting tight = {.name = "together, little room", .kv_bytes = size_t{6} << 20};
   Result result = RunJobs(options, tight, jobs);
   EXPECT_GT(result.stats.preemptions, 0);
   ExpectSame(result, reference, tight.name);
@@ -181,7 +181,7 @@ TEST(DeterminismTest, RealPrompts) {
            .step_tokens = 100,
            .threads = 1,
            .prefix_cache = true,
-           .kv_bytes = size_t{8} << 20,
+           .kv_bytes = size_t{6} << 20,
            .reversed = true};
   result = RunJobs(options, tight, jobs);
   ExpectSame(result, reference, tight.name);

@@ -22,6 +22,9 @@ const char* FinishReasonName(FinishReason reason) {
 
 namespace {
 
+// Logical blocks: a thousand or two of tokens.
+constexpr int kKeptWindowBlocks = 64;
+
 Status ResolveFusion(EngineOptions& options) {
   joint::FusionOptions& fusion = options.fusion;
   if (options.deterministic) {
@@ -104,6 +107,7 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   for (int layer = 0; layer < engine->cache_->shape().n_layers(); ++layer) {
     rope.push_back(&engine->model_->RopeOfLayer(layer));
   }
+  engine->kept_share_ = KeptShare(kKeptWindowBlocks * engine->cache_->shape().n_tables());
   engine->fusion_ = std::make_unique<joint::Fusion>(engine->options_.fusion, options.kv_rounding, std::move(rope),
                                                     *engine->cache_, *engine->pool_);
 
@@ -231,7 +235,11 @@ void Engine::Forward() {
       sequence.decodes = sequence.Remaining() == 0;
       phase = sequence.decodes ? joint::Phase::kEntersDecode : joint::Phase::kPrefill;
     }
+    const joint::FusionStats before = fusion_->counters();
     fusion_->OnSealed(sequence.kv, cache_->Commit(sequence.kv), phase);
+    if (phase == joint::Phase::kDecode) continue;
+    const joint::FusionStats& after = fusion_->counters();
+    kept_share_.Add(after.offered - before.offered, after.fused - before.fused);
   }
 }
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "engine/kept_share.h"
 #include "engine/request.h"
 #include "gguf/gguf_file.h"
 #include "joint/fusion.h"
@@ -100,7 +101,7 @@ class Engine {
   void EndSequence(Sequence& sequence, FinishReason reason, const Status& error, std::vector<Event>& events);
   void RemoveFinished();
   void DropCancelled(std::vector<Event>& events);
-  size_t PendingBytes() const;
+  size_t ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const;
   void UpdatePeaks();
 
   EngineOptions options_;
@@ -119,6 +120,7 @@ class Engine {
   int32_t next_request_ = 0;
   int64_t fair_clock_ =
       0;  // served_tokens of the domain admitted last: who was idle starts from here, not from the past
+  KeptShare kept_share_;
   bool any_cancelled_ = false;
   bool any_finished_ = false;
 

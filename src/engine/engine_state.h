@@ -38,7 +38,8 @@ struct Engine::Sequence {
   bool decodes = false;  // its prompt is computed
   bool forked = false;   // the other choices exist (or n is 1)
   bool finished = false;
-  int planned_rows = 0;  // in the present step
+  std::optional<double> kept_share;  // once preempted: bytes that this freed, of what it would take private
+  int planned_rows = 0;              // in the present step
 
   Sequence(RequestState* r, int c, const text::Tokenizer& tokenizer, StopStringMatcher m)
       : request(r), choice(c), detokenizer(tokenizer), stops(std::move(m)) {}

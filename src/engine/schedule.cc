@@ -20,11 +20,17 @@ void Engine::DropCancelled(std::vector<Event>& events) {
   RemoveFinished();
 }
 
-// Bytes that admitted prompts will still take.
-size_t Engine::PendingBytes() const {
-  int pending = 0;
-  for (const auto& sequence : running_) pending += std::max(0, sequence->Remaining() - 1);
-  return cache_->MinimumBytes(pending);
+// Bytes that the rest of a prompt will take and keep. Rows of the next step, `private_rows` of which older prompts
+// left, lie private before fusion sees them; of the others fusion will leave as much as it did of earlier prompts. A
+// prompt that gets no row of that step counts as private: by the time it does, more is known. Of a sequence that was
+// preempted it is known already.
+size_t Engine::ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const {
+  const int first = std::min(tokens, private_rows);
+  private_rows -= first;
+  const bool fuses = first > 0 && fusion_->enabled() && sequence.request->request.kv_fusion;
+  const double kept = fuses ? sequence.kept_share.value_or(kept_share_.value()) : 1;
+  return static_cast<size_t>(kept * static_cast<double>(cache_->MinimumBytes(tokens)) +
+                             (1 - kept) * static_cast<double>(cache_->MinimumBytes(first)));
 }
 
 Engine::Tenant* Engine::NextTenant() {
@@ -51,8 +57,13 @@ bool Engine::AdmitNext() {
   for (const auto& other : running_) running += other->forked ? 1 : other->request->request.sampling.n;
   if (running + slots > options_.max_running) return false;
   // Reserve: every running sequence may open another block before anything ends.
-  const size_t reserve = PendingBytes() + cache_->MinimumBytes(codec::kBlockTokensMax) * (running + slots);
-  if (!running_.empty() && !cache_->HasRoomFor(static_cast<int>(sequence.tokens.size()), reserve)) return false;
+  size_t expected = cache_->MinimumBytes(codec::kBlockTokensMax) * (running + slots);
+  int private_rows = options_.step_tokens;
+  for (const auto& other : running_) {
+    expected += ExpectedBytes(*other, std::max(0, other->Remaining() - 1), private_rows);
+  }
+  expected += ExpectedBytes(sequence, static_cast<int>(sequence.tokens.size()), private_rows);
+  if (!running_.empty() && !cache_->HasRoomFor(0, expected)) return false;
 
   const int longest = static_cast<int>(sequence.request->request.prompt.size()) + sampling.max_tokens;
   sequence.kv = cache_->Create(sequence.request->request.domain, longest,
@@ -141,7 +152,12 @@ bool Engine::PreemptYoungest(const Sequence& keep) {
 
 // Back to the head of its queue: it will be computed again, from the prefix cache as far as that still reaches.
 void Engine::Preempt(Sequence& sequence) {
+  const auto before = static_cast<double>(cache_->running_bytes());
   cache_->Free(sequence.kv);
+  if (sequence.computed > 0) {
+    const double freed = before - static_cast<double>(cache_->running_bytes());
+    sequence.kept_share = std::min(1.0, freed / static_cast<double>(cache_->MinimumBytes(sequence.computed)));
+  }
   sequence.kv = SequenceId();
   sequence.computed = 0;
   sequence.decodes = false;

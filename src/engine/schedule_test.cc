@@ -168,5 +168,109 @@ TEST(ScheduleTest, LongPromptsLeaveDecodingItsRows) {
   }
 }
 
+TEST(KeptShareTest, FollowsWhatFusionLeaves) {
+  KeptShare share(100);
+  EXPECT_DOUBLE_EQ(share.value(), 1);
+  share.Add(0, 0);
+  EXPECT_DOUBLE_EQ(share.value(), 1);
+  // 100 blocks from before count half.
+  share.Add(100, 100);
+  EXPECT_DOUBLE_EQ(share.value(), 50.0 / 150);
+  for (int i = 0; i < 20; ++i) share.Add(100, 75);
+  EXPECT_NEAR(share.value(), 0.25, 1e-4);
+  for (int i = 0; i < 20; ++i) share.Add(10, 0);
+  EXPECT_GT(share.value(), 0.75);
+  // Blocks that were offered earlier.
+  share.Add(0, 1000);
+  EXPECT_DOUBLE_EQ(share.value(), 0);
+}
+
+class AdmissionTest : public testing::Test {
+ protected:
+  static constexpr int kRequests = 56;
+  static constexpr int kPrivate = 32;  // more than fit on their own
+  static constexpr int kFew = 10;
+  static constexpr size_t kKvBytes = size_t{32} << 20;  // 32,768 tokens
+  static constexpr TokenId kNewLine = 3 + '\n';
+
+  static EngineOptions Options(joint::Policy policy) {
+    EngineOptions options = TestOptions();
+    options.kv_bytes = kKvBytes;
+    options.step_tokens = 4096;
+    options.fusion.policy = policy;
+    options.fusion.budget = 1;  // random weights: equal text differs more than in a trained model
+    return options;
+  }
+
+  static Tokens Lines(uint64_t seed, int lines) {
+    Tokens tokens;
+    for (int line = 0; line < lines; ++line) {
+      for (const TokenId token : RandomTokens(23, 100 * seed + static_cast<uint64_t>(line))) {
+        tokens.push_back(300 + token % 600);
+      }
+      tokens.push_back(kNewLine);
+    }
+    return tokens;
+  }
+
+  // Fills the statistics that fusion waits for.
+  static void Warm(Driver& driver) {
+    driver.set_check_integrity(false);  // a store of this size takes long to check
+    for (uint64_t i = 0; i < 60; ++i) driver.Submit(Lines(5000 + i, 4), Greedy(1), DomainId(99));
+    driver.Run();
+    driver.engine().DropPrefixCache();
+  }
+
+  // Most that ran at once of so many prompts of 50 lines, all with the same 47 but for a head of their own.
+  static int RunningPeak(Driver& driver, bool kv_fusion, uint64_t seed, uint64_t requests) {
+    const Tokens shared = Lines(1, 47);
+    for (uint64_t i = 0; i < requests; ++i) {
+      Request request;
+      request.prompt = Lines(seed + i, 3);
+      request.prompt.insert(request.prompt.end(), shared.begin(), shared.end());
+      request.sampling = Greedy(28);
+      request.kv_fusion = kv_fusion;
+      EXPECT_TRUE(driver.engine().Submit(std::move(request)).ok());
+    }
+    int peak = 0;
+    while (driver.Step()) peak = std::max(peak, driver.engine().stats().running);
+    return peak;
+  }
+};
+
+TEST_F(AdmissionTest, CountsOnWhatFusionFrees) {
+  Driver off(Options(joint::Policy::kOff));
+  off.set_check_integrity(false);
+  const int private_peak = RunningPeak(off, true, 100, kPrivate);
+  EXPECT_LT(private_peak, kPrivate);
+  // Slabs that other classes hold are not counted, so a store filled to the brim preempts a few.
+  EXPECT_LE(off.engine().stats().preemptions, kFew);
+
+  Driver on(Options(joint::Policy::kBounded));
+  Warm(on);
+  EXPECT_GE(RunningPeak(on, true, 200, kRequests), private_peak * 3 / 2);
+  EXPECT_EQ(on.engine().stats().preemptions, 0);
+  // Requests that opt out keep all.
+  EXPECT_LE(RunningPeak(on, false, 300, kPrivate), private_peak);
+  EXPECT_LE(on.engine().stats().preemptions, kFew);
+  on.engine().set_fusion(false);
+  EXPECT_LE(RunningPeak(on, true, 400, kPrivate), private_peak);
+  EXPECT_LE(on.engine().stats().preemptions, 2 * kFew);
+  on.ExpectAllFree();
+}
+
+// A crowd that shares nothing comes after one that shared much: some are preempted until admission knows, all end.
+TEST_F(AdmissionTest, LearnsThatFusionFreesNothingAnyMore) {
+  Driver driver(Options(joint::Policy::kBounded));
+  Warm(driver);
+  RunningPeak(driver, true, 200, kRequests);
+  std::vector<RequestId> ids;
+  for (uint64_t i = 0; i < kPrivate; ++i) ids.push_back(driver.Submit(Lines(1000 + i, 50), Greedy(28)));
+  driver.Run();
+  for (const RequestId id : ids) EXPECT_EQ(driver.of(id).end.finish, FinishReason::kLength);
+  EXPECT_LE(driver.engine().stats().preemptions, kFew);
+  driver.ExpectAllFree();
+}
+
 }  // namespace
 }  // namespace jointkv::engine

@@ -183,7 +183,7 @@ class Generate(Case):
 
 class Chat(Case):
     def test_pipe(self):
-        done = run("chat", "--temperature", 0, "--deterministic", "--max-tokens", 12, *KV,
+        done = run("chat", "--temperature", 0, "--deterministic", "--compute", "f32", "--max-tokens", 12, *KV,
                    text="What is the capital of France?\n\nAnd of Italy?\n/stats\n/nonsense\n/exit\nnever read\n")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("Paris", done.stdout)
