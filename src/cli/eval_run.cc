@@ -109,9 +109,11 @@ void ForcedRun::ScoreRows() {
 void ForcedRun::MeasureBytes() {
   Fullest& fullest = run_.fullest;
   if (fullest.all_resident) return;
-  const bool all = !some_ended_ && std::ranges::all_of(tokens_, [](size_t n) { return n >= kTokensWhenDecoding; }) &&
-                   engine_.stats().running == static_cast<int>(requests_.size());
-  if (all) engine_.DropPrefixCache();
+  const bool resident = !some_ended_ && engine_.stats().running == static_cast<int>(requests_.size());
+  const bool all = resident && std::ranges::all_of(tokens_, [](size_t n) { return n >= kTokensWhenDecoding; });
+  // Nobody else will come for what is idle. In every step, as a full store would: dropped all at once, what left the
+  // windows would leave slabs half empty.
+  if (resident) engine_.DropPrefixCache();
   if (!all && engine_.cache().logical_bytes() <= fullest.logical_bytes) return;
   fullest = Fullest::Of(engine_);
   fullest.all_resident = all;

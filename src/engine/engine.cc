@@ -38,6 +38,10 @@ Status ResolveFusion(EngineOptions& options) {
     return {StatusCode::kOutOfRange,
             "kv-threshold " + std::to_string(fusion.threshold) + ": must be more than 0, at most 1"};
   }
+  if (fusion.policy == joint::Policy::kCosine && options.kv_rounding != codec::Rounding::kNone) {
+    return {StatusCode::kUnsupported, std::string("kv-type ") + codec::RoundingName(options.kv_rounding) +
+                                          ": is not simulated under the cosine policy"};
+  }
   return Status::Ok();
 }
 
@@ -128,12 +132,16 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
 Expected<RequestId> Engine::Submit(Request request) {
   RETURN_IF_ERROR(Validate(request.sampling, model_->n_vocab(), options_.sampling_limits));
   if (request.prompt.empty()) return Status(StatusCode::kInvalidArgument, "prompt: is empty");
-  for (const TokenId token : request.prompt) {
-    if (token < 0 || token >= model_->n_vocab()) {
-      return Status(StatusCode::kOutOfRange, "prompt: token " + std::to_string(token) +
+  const auto check = [&](const char* name, const std::vector<TokenId>& tokens) {
+    for (const TokenId token : tokens) {
+      if (token >= 0 && token < model_->n_vocab()) continue;
+      return Status(StatusCode::kOutOfRange, std::string(name) + ": token " + std::to_string(token) +
                                                  " is not in the vocabulary of " + std::to_string(model_->n_vocab()));
     }
-  }
+    return Status::Ok();
+  };
+  RETURN_IF_ERROR(check("prompt", request.prompt));
+  RETURN_IF_ERROR(check("forced", request.forced));
   const int prompt_tokens = static_cast<int>(request.prompt.size());
   if (prompt_tokens >= max_context_) {
     return Status(StatusCode::kOutOfRange, "prompt: " + std::to_string(prompt_tokens) +

@@ -31,7 +31,7 @@ Fusion::Fusion(const FusionOptions& options, codec::Rounding rounding, std::vect
       sketches_(cache.shape().layout, cache.shape().n_tables()),
       cosine_(options, cache, pool),
       inverse_energy_(cache.shape().n_tables()),
-      scratch_(2 * cache.shape().layout.block_bytes(codec::kBlockTokensMax) * pool.size()) {}
+      scratch_(cache.shape().layout.block_bytes(codec::kBlockTokensMax) * pool.size()) {}
 
 kv::BlockCutter CutterFor(const FusionOptions& options, std::vector<uint8_t> ends_block) {
   return options.policy == Policy::kCosine ? kv::BlockCutter::Grid(Cosine::kGridTokens)

@@ -95,7 +95,7 @@ class Fusion {
   std::vector<Sealed> sealed_;         // the present call's
   std::vector<Decision> decisions_;    // (tables, sealed)
   std::vector<BlockId> released_;
-  std::vector<std::byte> scratch_;  // (threads, 2 blocks)
+  std::vector<std::byte> scratch_;  // (threads, one block)
   FusionStats stats_;
 };
 
