@@ -243,12 +243,30 @@ void Engine::Forward() {
       sequence.decodes = sequence.Remaining() == 0;
       phase = sequence.decodes ? joint::Phase::kEntersDecode : joint::Phase::kPrefill;
     }
-    const joint::FusionStats before = fusion_->counters();
-    fusion_->OnSealed(sequence.kv, cache_->Commit(sequence.kv), phase);
-    if (phase == joint::Phase::kDecode) continue;
-    const joint::FusionStats& after = fusion_->counters();
-    kept_share_.Add(after.offered - before.offered, after.fused - before.fused);
+    const kv::SealedRange sealed = cache_->Commit(sequence.kv);
+    if (sequence.unfused.empty()) sequence.unfused.first = sealed.first;
+    sequence.unfused.last = sealed.last;
+    if (phase != joint::Phase::kPrefill || !fusion_->waits_for_prompt()) Fuse(sequence, phase);
   }
+}
+
+void Engine::Fuse(Sequence& sequence, joint::Phase phase) {
+  const joint::FusionStats before = fusion_->counters();
+  fusion_->OnSealed(sequence.kv, sequence.unfused, phase);
+  sequence.unfused = {};
+  if (phase == joint::Phase::kDecode) return;
+  const joint::FusionStats& after = fusion_->counters();
+  kept_share_.Add(after.offered - before.offered, after.fused - before.fused);
+}
+
+bool Engine::FuseEarly() {
+  bool any = false;
+  for (auto& sequence : running_) {
+    if (sequence->unfused.empty()) continue;
+    Fuse(*sequence, joint::Phase::kPrefill);
+    any = true;
+  }
+  return any;
 }
 
 void Engine::UpdatePeaks() {

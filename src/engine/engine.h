@@ -94,6 +94,10 @@ class Engine {
   bool PreemptYoungest(const Sequence& keep);
   void Preempt(Sequence& sequence);
   void Forward();
+  // Offers the blocks of `unfused` to fusion.
+  void Fuse(Sequence& sequence, joint::Phase phase);
+  // Memory is short: what waits for the end of its prompt is offered now. False: nothing waited.
+  bool FuseEarly();
   void SampleRows(std::vector<Event>& events);
   void ForkChoices(Sequence& first);
   void SampleOne(Sequence& sequence, std::span<float> logits, std::vector<Event>& events);

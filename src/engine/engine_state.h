@@ -35,7 +35,8 @@ struct Engine::Sequence {
   std::optional<Sampler> sampler;  // from the first admission on: its counts are as large as the vocabulary
   text::StreamDetokenizer detokenizer;
   StopStringMatcher stops;
-  bool decodes = false;  // its prompt is computed
+  kv::SealedRange unfused;  // blocks of its prompt that fusion has not been offered yet
+  bool decodes = false;     // its prompt is computed
   bool forked = false;   // the other choices exist (or n is 1)
   bool finished = false;
   std::optional<double> kept_share;  // once preempted: bytes that this freed, of what it would take private

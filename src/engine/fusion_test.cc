@@ -128,6 +128,51 @@ TEST(EngineFusion, ALoneUniqueRequestIsBitIdenticalToo) {
   EXPECT_EQ(off.of(a).logits, on.of(b).logits);
 }
 
+// While there is room, a prompt is computed from its own bytes to its last token, and fused then.
+TEST(EngineFusion, AsLongAsThereIsRoomPromptsAreComputedExactly) {
+  for (const char* model : {"llama", "gemma3"}) {
+    SCOPED_TRACE(model);
+    EngineOptions options = FusionOptionsFor(model);
+    options.step_tokens = 64;
+    Driver on(options);
+    options.fusion.policy = joint::Policy::kOff;
+    Driver off(options);
+    Warm(on);
+    for (int i = 0; i < 6; ++i) {
+      const RequestId a = off.Submit(PoolPrompt(i), Greedy(20));
+      off.Run();
+      const RequestId b = on.Submit(PoolPrompt(i), Greedy(20));
+      on.Run();
+      EXPECT_EQ(off.of(a).logits[0], on.of(b).logits[0]);
+    }
+    EXPECT_GT(on.engine().fusion_stats().fused, 0);
+  }
+}
+
+TEST(EngineFusion, WhereRoomIsShortPromptsFuseBeforeTheyAreComplete) {
+  EngineOptions options = FusionOptionsFor("llama");
+  options.step_tokens = 64;
+  Driver roomy(options);
+  Warm(roomy);
+  const RequestId alone = roomy.Submit(PoolPrompt(0), Greedy(60));
+  while (roomy.of(alone).tokens.empty()) roomy.Step();
+  options.kv_bytes = roomy.engine().kv_stats().running_bytes * 4;
+  Driver driver(options);
+  Warm(driver);
+  const int64_t warm = driver.engine().fusion_stats().offered;
+  std::vector<RequestId> ids;
+  for (int i = 0; i < 6; ++i) ids.push_back(driver.Submit(PoolPrompt(i), Greedy(60)));
+  bool early = false;
+  bool decodes = false;
+  while (driver.Step()) {
+    decodes |= !driver.of(ids[0]).tokens.empty();
+    early |= !decodes && driver.engine().fusion_stats().offered > warm;
+  }
+  EXPECT_TRUE(early);
+  for (const RequestId id : ids) EXPECT_EQ(driver.of(id).tokens.size(), 60u) << driver.of(id).end.error.ToString();
+  driver.ExpectAllFree();
+}
+
 TEST(EngineFusion, PreemptionMeetsFusedBlocks) {
   for (const char* model : {"llama", "gemma3"}) {
     SCOPED_TRACE(model);

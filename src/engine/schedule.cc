@@ -63,7 +63,9 @@ bool Engine::AdmitNext() {
     expected += ExpectedBytes(*other, std::max(0, other->Remaining() - 1), private_rows);
   }
   expected += ExpectedBytes(sequence, static_cast<int>(sequence.tokens.size()), private_rows);
-  if (!running_.empty() && !cache_->HasRoomFor(0, expected)) return false;
+  while (!running_.empty() && !cache_->HasRoomFor(0, expected)) {
+    if (!FuseEarly()) return false;
+  }
 
   const int longest = static_cast<int>(sequence.request->request.prompt.size()) + sampling.max_tokens;
   sequence.kv = cache_->Create(sequence.request->request.domain, longest,
@@ -126,13 +128,13 @@ void Engine::Plan() {
   }
 }
 
-// Reserves slots for the next rows of a sequence, preempting younger ones until they fit, and returns how many rows. 0
-// when the sequence itself had to go, or stands alone and not one fits; fewer than asked only when it stands alone
+// Reserves slots for the next rows of a sequence, fusing what waits and preempting younger ones until they fit, and
+// returns how many rows. 0 when the sequence itself had to go, or stands alone and not one fits; fewer than asked only when it stands alone
 // (sliding windows may give back blocks between shorter steps).
 int Engine::Reserve(Sequence& sequence, int rows) {
   const auto tokens = std::span<const TokenId>(sequence.tokens).subspan(sequence.computed);
   while (rows > 0 && !cache_->Append(sequence.kv, tokens.first(rows))) {
-    if (PreemptYoungest(sequence)) continue;
+    if (FuseEarly() || PreemptYoungest(sequence)) continue;
     if (running_.size() > 1) {
       Preempt(sequence);
       return 0;
@@ -160,6 +162,7 @@ void Engine::Preempt(Sequence& sequence) {
   }
   sequence.kv = SequenceId();
   sequence.computed = 0;
+  sequence.unfused = {};
   sequence.decodes = false;
   sequence.planned_rows = 0;
   const auto found = std::ranges::find_if(running_, [&](const auto& s) { return s.get() == &sequence; });

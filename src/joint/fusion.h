@@ -34,8 +34,14 @@ class Fusion {
   // How a new sequence is to be created.
   kv::KvCache::Sharing SharingOf(bool request_allows) const;
 
-  // The blocks [sealed.first, sealed.last) of a sequence, just sealed by Commit; may be none.
+  // The blocks [sealed.first, sealed.last) of a sequence, sealed by Commit and not offered before; may be none.
   void OnSealed(SequenceId sequence, kv::SealedRange sealed, Phase phase);
+
+  // Whether a prompt's blocks are best offered all at once when its last one is sealed (sooner where memory is short):
+  // the rest of the prompt is then computed from exact blocks.
+  bool waits_for_prompt() const {
+    return enabled() && options_.policy == Policy::kBounded && rounding_ == codec::Rounding::kNone;
+  }
 
   // Forgets representatives whose last owner is gone. OnSealed begins with it.
   void DropReleased();

@@ -56,6 +56,7 @@ struct LogicalBlock {
 struct SealedRange {
   int first = 0;
   int last = 0;
+  bool empty() const { return first == last; }
 };
 
 struct KvStats {
