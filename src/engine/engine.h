@@ -105,6 +105,7 @@ class Engine {
   void EndSequence(Sequence& sequence, FinishReason reason, const Status& error, std::vector<Event>& events);
   void RemoveFinished();
   void DropCancelled(std::vector<Event>& events);
+  bool Fuses(const Sequence& sequence) const;
   size_t ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const;
   void UpdatePeaks();
 

@@ -37,7 +37,7 @@ struct Engine::Sequence {
   StopStringMatcher stops;
   kv::SealedRange unfused;  // blocks of its prompt that fusion has not been offered yet
   bool decodes = false;     // its prompt is computed
-  bool forked = false;   // the other choices exist (or n is 1)
+  bool forked = false;      // the other choices exist (or n is 1)
   bool finished = false;
   std::optional<double> kept_share;  // once preempted: bytes that this freed, of what it would take private
   int planned_rows = 0;              // in the present step

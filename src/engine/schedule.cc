@@ -6,6 +6,13 @@
 
 namespace jointkv::engine {
 
+namespace {
+
+// Where memory is short, prompts that fuse go on by so many rows at a time: each step's rows lie private until then.
+constexpr int kRowsWhereShort = 64;
+
+}  // namespace
+
 void Engine::DropCancelled(std::vector<Event>& events) {
   if (!any_cancelled_) return;
   any_cancelled_ = false;
@@ -20,15 +27,16 @@ void Engine::DropCancelled(std::vector<Event>& events) {
   RemoveFinished();
 }
 
+bool Engine::Fuses(const Sequence& sequence) const { return fusion_->enabled() && sequence.request->request.kv_fusion; }
+
 // Bytes that the rest of a prompt will take and keep. Rows of the next step, `private_rows` of which older prompts
 // left, lie private before fusion sees them; of the others fusion will leave as much as it did of earlier prompts. A
-// prompt that gets no row of that step counts as private: by the time it does, more is known. Of a sequence that was
-// preempted it is known already.
+// prompt that gets no row of that step, were it as short as it may be, counts as private: by the time it does, more is
+// known. Of a sequence that was preempted it is known already.
 size_t Engine::ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const {
   const int first = std::min(tokens, private_rows);
   private_rows -= first;
-  const bool fuses = first > 0 && fusion_->enabled() && sequence.request->request.kv_fusion;
-  const double kept = fuses ? sequence.kept_share.value_or(kept_share_.value()) : 1;
+  const double kept = first > 0 && Fuses(sequence) ? sequence.kept_share.value_or(kept_share_.value()) : 1;
   return static_cast<size_t>(kept * static_cast<double>(cache_->MinimumBytes(tokens)) +
                              (1 - kept) * static_cast<double>(cache_->MinimumBytes(first)));
 }
@@ -58,7 +66,7 @@ bool Engine::AdmitNext() {
   if (running + slots > options_.max_running) return false;
   // Reserve: every running sequence may open another block before anything ends.
   size_t expected = cache_->MinimumBytes(codec::kBlockTokensMax) * (running + slots);
-  int private_rows = options_.step_tokens;
+  int private_rows = std::min(options_.step_tokens, kRowsWhereShort);
   for (const auto& other : running_) {
     expected += ExpectedBytes(*other, std::max(0, other->Remaining() - 1), private_rows);
   }
@@ -128,13 +136,19 @@ void Engine::Plan() {
   }
 }
 
-// Reserves slots for the next rows of a sequence, fusing what waits and preempting younger ones until they fit, and
-// returns how many rows. 0 when the sequence itself had to go, or stands alone and not one fits; fewer than asked only when it stands alone
-// (sliding windows may give back blocks between shorter steps).
+// Reserves slots for the next rows of a sequence and returns how many: where they do not fit, what waits is fused, a
+// prompt that fuses takes fewer rows, and younger sequences are preempted, in this order. 0 when the sequence itself
+// had to go, or stands alone and not one row fits (alone, any prompt takes fewer: sliding windows may give back blocks
+// between shorter steps).
 int Engine::Reserve(Sequence& sequence, int rows) {
   const auto tokens = std::span<const TokenId>(sequence.tokens).subspan(sequence.computed);
   while (rows > 0 && !cache_->Append(sequence.kv, tokens.first(rows))) {
-    if (FuseEarly() || PreemptYoungest(sequence)) continue;
+    if (FuseEarly()) continue;
+    if (rows > kRowsWhereShort && Fuses(sequence)) {
+      rows = std::max(rows / 2, kRowsWhereShort);
+      continue;
+    }
+    if (PreemptYoungest(sequence)) continue;
     if (running_.size() > 1) {
       Preempt(sequence);
       return 0;
