@@ -28,7 +28,8 @@ std::vector<TokenId> RandomTokens(int n, std::mt19937& random) {
 
 class Layers {
  public:
-  explicit Layers(int sequences, int tokens) : pool_(kThreads) {
+  // Every block is shared by `readers` sequences.
+  Layers(int sequences, int tokens, int readers = 1) : pool_(kThreads) {
     const kv::KvShape shape{{kHeads.n_kv_heads, kHeads.head_dim, codec::Codec::kBf16}, std::vector<int>(kLayers, 0)};
     const size_t bytes =
         shape.logical_token_bytes() * (static_cast<size_t>(tokens) + kStepRowsMax + 64) * sequences * 2;
@@ -41,6 +42,10 @@ class Layers {
     for (float& value : qkv_) value = normal(random_);
     out_.resize(static_cast<size_t>(kStepRowsMax) * kHeads.d_q());
     for (int i = 0; i < sequences; ++i) {
+      if (i >= sequences / readers) {
+        ids_.push_back(cache_->Fork(ids_[i % (sequences / readers)], tokens + kStepRowsMax));
+        continue;
+      }
       ids_.push_back(cache_->Create(DomainId(0), tokens + kStepRowsMax));
       for (int at = 0; at < tokens; at += kStepRowsMax) {
         Reserve({ids_.back()}, std::min(kStepRowsMax, tokens - at));
@@ -82,11 +87,11 @@ class Layers {
   int rows_ = 0;
 };
 
-// One token of each sequence after `tokens` others.
+// One token of each sequence after `tokens` others, each block of which `readers` sequences share.
 void Decode(benchmark::State& state) {
   const int sequences = static_cast<int>(state.range(0));
   const int tokens = static_cast<int>(state.range(1));
-  Layers layers(sequences, tokens);
+  Layers layers(sequences, tokens, static_cast<int>(state.range(2)));
   layers.Reserve(layers.ids(), 1);
   int layer = 0;
   for (auto _ : state) {
@@ -120,7 +125,13 @@ void Repeat(benchmark::internal::Benchmark* bench) {
   bench->ComputeStatistics("max", [](const std::vector<double>& v) { return *std::ranges::max_element(v); });
 }
 
-BENCHMARK(Decode)->ArgNames({"sequences", "tokens"})->Args({16, 1040})->Args({1, 1040})->Args({16, 100})->Apply(Repeat);
+BENCHMARK(Decode)
+    ->ArgNames({"sequences", "tokens", "readers"})
+    ->Args({16, 1040, 1})
+    ->Args({16, 1040, 4})
+    ->Args({1, 1040, 1})
+    ->Args({16, 100, 1})
+    ->Apply(Repeat);
 BENCHMARK(Prefill)->ArgNames({"rows", "tokens"})->Args({512, 1000})->Args({512, 0})->Apply(Repeat);
 
 }  // namespace

@@ -1,8 +1,11 @@
 #include "attention/attention.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <numbers>
+#include <tuple>
+#include <utility>
 
 #include "base/cpu.h"
 #include "dense/ops.h"
@@ -10,43 +13,54 @@
 namespace jointkv::attention {
 namespace {
 
-constexpr int kTileRowsMin = 8;  // shorter spans go row by row
-// Spans of so many rows keep the threads busy without splitting rows, so their partial results need no memory.
-constexpr int kWholeRowsMin = 4;
-
-// Sums, maxima and totals of one row kernel call.
-constexpr size_t ResultFloats(int head_dim) { return static_cast<size_t>(kGroupMax) * (head_dim + 2); }
+constexpr int kTileRowsMin = 8;   // shorter spans go row by row
+constexpr int kWholeRowsMin = 4;  // spans of so many rows keep the threads busy without parts
+// Parts of one step: as many as keep a handful of threads evenly busy, fixed, so that results do not depend on threads.
+constexpr int kPartsMax = 12;
+constexpr int kPartTokensMin = 256;
 
 // End of the split that begins with block `at`.
 int SplitEnd(int at, int last) { return std::min(last, (at / kSplitBlocks + 1) * kSplitBlocks); }
 
-// Adds one partial result (sums of head_dim, max, total) to another, always the later blocks to the earlier ones.
-void Combine(float* sums, float& max, float& total, const float* more_sums, float more_max, float more_total,
-             int head_dim) {
-  const float largest = std::max(max, more_max);
-  const float keep = std::exp2(max - largest);
-  const float add = std::exp2(more_max - largest);
+// What a visit costs, in tokens: its block in whole vectors, and what does not depend on the block's length.
+int Cost(const kv::LogicalBlock& block) { return RoundUp<int>(block.tokens, 16) + 8; }
+
+void Clear(const Visit& visit, int queries, int head_dim) {
+  std::fill_n(visit.sums, static_cast<ptrdiff_t>(queries) * head_dim, 0.0f);
+  std::fill_n(visit.stats, kGroupMax, kUnseen);
+  std::fill_n(visit.stats + kGroupMax, kGroupMax, 0.0f);
+}
+
+// Adds one partial result of a query, of `stats` as in Visit, to another: always the later blocks to the earlier ones.
+void Combine(float* sums, float* stats, const float* more_sums, const float* more_stats, int head_dim) {
+  const float largest = std::max(stats[0], more_stats[0]);
+  const float keep = std::exp2(stats[0] - largest);
+  const float add = std::exp2(more_stats[0] - largest);
   for (int c = 0; c < head_dim; ++c) sums[c] = sums[c] * keep + more_sums[c] * add;
-  total = total * keep + more_total * add;
-  max = largest;
+  stats[kGroupMax] = stats[kGroupMax] * keep + more_stats[kGroupMax] * add;
+  stats[0] = largest;
 }
 
 }  // namespace
 
 Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threads, int max_rows, bool rows_independent)
-    : shape_(shape), bf16_kernels_(HasAvx512Bf16() && cache.shape().layout.codec == codec::Codec::kBf16) {
+    : shape_(shape),
+      rows_independent_(rows_independent),
+      bf16_kernels_(HasAvx512Bf16() && cache.shape().layout.codec == codec::Codec::kBf16) {
   tiles_ = bf16_kernels_ && !rows_independent && shape.group() * kTileRowsMin <= kTileQueries;
   for (const int window : cache.shape().window) {
     auto plan = std::ranges::find(plans_, window, &WindowPlan::window);
     if (plan == plans_.end()) {
       plans_.emplace_back();
       plans_.back().window = window;
+      plans_.back().first_layer = static_cast<int>(plan_of_layer_.size());
       plan = plans_.end() - 1;
     }
     plan_of_layer_.push_back(static_cast<int>(plan - plans_.begin()));
   }
   q_.resize(static_cast<size_t>(max_rows) * shape.d_q());
-  const size_t row_bytes = (RowScratchFloats(shape.head_dim) + 2 * ResultFloats(shape.head_dim)) * sizeof(float);
+  const size_t row_bytes =
+      RoundUp<size_t>(VisitScratchFloats(shape.head_dim) + 2 * kGroupMax * (shape.head_dim + 2), 16) * sizeof(float);
   const size_t tile_bytes = tiles_ ? TileScratchBytes(shape.head_dim) : 0;
   thread_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 4096);
   scratch_ = HugeBuffer(thread_scratch_bytes_ * threads);
@@ -72,18 +86,20 @@ void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
   size_t partials = 0;
   for (WindowPlan& plan : plans_) {
     PlanWindow(cache, plan);
-    if (!plan.merges.empty())
-      partials = std::max<size_t>(partials, plan.merges.back().first_partial + plan.merges.back().partials);
+    partials = std::max<size_t>(partials, plan.partials);
   }
   if (partials * partial_floats() > partials_.size()) partials_.resize(partials * partial_floats());
 }
 
 void Attention::PlanWindow(const kv::KvCache& cache, WindowPlan& plan) {
-  plan.rows.clear();
+  plan.visits.clear();
+  plan.parts.clear();
   plan.merges.clear();
+  plan.rows.clear();
   plan.tiles.clear();
+  plan.partials = 0;
+  int visiting_rows = 0;
   const auto end_of = [](const kv::LogicalBlock& block) { return block.start + block.tokens; };
-  int partials = 0;
   for (size_t i = 0; i < spans_.size(); ++i) {
     const RowSpan& span = spans_[i];
     const auto blocks = cache.blocks(span.sequence);
@@ -104,29 +120,98 @@ void Attention::PlanWindow(const kv::KvCache& cache, WindowPlan& plan) {
       }
       continue;
     }
+    const BlockId* keys = cache.table(span.sequence, plan.first_layer, kv::Kind::kK);
     for (int row = 0; row < span.rows; ++row) {
       const int position = span.position + row;
       advance(position, position);
-      // Splits stand at multiples of kSplitBlocks, so that they depend on the sequence alone.
-      const int splits = (last - 1) / kSplitBlocks - first / kSplitBlocks + 1;
-      if (splits == 1 || span.rows >= kWholeRowsMin) {
-        plan.rows.push_back({static_cast<int>(i), span.first_row + row, position, first, last, -1});
+      if (span.rows >= kWholeRowsMin) {
+        plan.rows.push_back({static_cast<int>(i), span.first_row + row, position, first, last});
         continue;
       }
-      plan.merges.push_back({span.first_row + row, partials, splits});
-      for (int at = first; at < last;) {
-        const int end = SplitEnd(at, last);
-        plan.rows.push_back({static_cast<int>(i), span.first_row + row, position, at, end, partials++});
-        at = end;
+      for (int block = first; block < last; ++block) {
+        plan.visits.push_back({keys[block], static_cast<int>(plan.visits.size()), static_cast<int>(i),
+                               span.first_row + row, position, block, visiting_rows});
       }
+      ++visiting_rows;
     }
   }
+  PlanParts(cache, plan, visiting_rows);
   // Long tiles first: the last ones handed out should be short.
   std::ranges::stable_sort(plan.tiles, std::greater<>(),
                            [](const TileUnit& unit) { return unit.rows * (unit.last - unit.first); });
 }
 
-BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& span, int kv_head) const {
+// Cuts visits into parts and numbers the partials. A visit's `partial` comes in as its row's number.
+void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) {
+  std::vector<PlannedVisit>& visits = plan.visits;
+  const int n = static_cast<int>(visits.size());
+  if (rows_independent_) {
+    // Splits stand at multiples of kSplitBlocks, so that they depend on the sequence alone.
+    for (int at = 0; at < n;) {
+      const int row = visits[at].row;
+      const int first_partial = plan.partials;
+      while (at < n && visits[at].row == row) {
+        const int block = visits[at].block;
+        Part part{at, at};
+        while (part.last < n && visits[part.last].row == row && visits[part.last].block < SplitEnd(block, INT_MAX)) {
+          visits[part.last].first = part.last == at;
+          visits[part.last++].partial = plan.partials;
+        }
+        plan.parts.push_back(part);
+        ++plan.partials;
+        at = part.last;
+      }
+      plan.merges.push_back({row, first_partial, plan.partials - first_partial});
+    }
+    return;
+  }
+  // All that visit a block one after the other, blocks in the order of their first visits: where blocks lie in memory
+  // does not change a result.
+  std::ranges::sort(visits, [](const PlannedVisit& a, const PlannedVisit& b) {
+    return std::pair(a.key.value, a.order) < std::pair(b.key.value, b.order);
+  });
+  for (int i = 1; i < n; ++i) {
+    if (visits[i].key == visits[i - 1].key) visits[i].order = visits[i - 1].order;
+  }
+  std::ranges::sort(visits, [](const PlannedVisit& a, const PlannedVisit& b) {
+    return std::tuple(a.order, a.row, a.block) < std::tuple(b.order, b.row, b.block);
+  });
+  int64_t total = 0;
+  const auto cost = [&](const PlannedVisit& visit) {
+    return Cost(cache.blocks(spans_[visit.span].sequence)[visit.block]);
+  };
+  for (const PlannedVisit& visit : visits) total += cost(visit);
+  const int parts = static_cast<int>(std::clamp<int64_t>(total / kPartTokensMin, 1, kPartsMax));
+  plan.merges.assign(rows, Merge());
+  last_part_.assign(rows, -1);
+  int64_t done = 0;
+  int at = 0;
+  for (int part = 0; part < parts && at < n; ++part) {
+    const int first = at;
+    for (; at < n && (part == parts - 1 || done < total * (part + 1) / parts); ++at) {
+      PlannedVisit& visit = visits[at];
+      done += cost(visit);
+      visit.first = last_part_[visit.partial] != part;
+      last_part_[visit.partial] = part;
+      Merge& merge = plan.merges[visit.partial];
+      merge.row = visit.row;
+      merge.partials += visit.first;
+    }
+    if (at > first) plan.parts.push_back({first, at});
+  }
+  for (Merge& merge : plan.merges) {
+    merge.first_partial = plan.partials;
+    plan.partials += merge.partials;
+    merge.partials = 0;  // counted again below
+  }
+  for (PlannedVisit& visit : visits) {
+    Merge& merge = plan.merges[visit.partial];
+    merge.partials += visit.first;
+    visit.partial = merge.first_partial + merge.partials - 1;
+  }
+}
+
+BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& span) const {
   BlockRun run;
   run.layout = &cache.shape().layout;
   run.blocks = cache.blocks(span.sequence).data();
@@ -136,7 +221,6 @@ BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& sp
   run.v_scale = cache.scales(span.sequence, layer, kv::Kind::kV);
   run.arena = cache.data(BlockId(0));
   run.granule_bytes = run.layout->granule_bytes();
-  run.kv_head = kv_head;
   return run;
 }
 
@@ -178,23 +262,31 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
 void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope,
                     float rope_magnitude, const dense::Activations& out) {
   const WindowPlan& plan = plans_[plan_of_layer_[layer]];
+  runs_.clear();
+  for (const RowSpan& span : spans_) runs_.push_back(RunOf(cache, layer, span));
   const int heads = shape_.n_kv_heads;
   const int tiles = static_cast<int>(plan.tiles.size()) * heads;
+  const int parts = static_cast<int>(plan.parts.size());
   const int rows = static_cast<int>(plan.rows.size()) * heads;
-  pool.ParallelFor(tiles + rows, [&](int task, int thread) {
+  pool.ParallelFor(tiles + parts + rows, [&](int task, int thread) {
     if (task < tiles) {
-      RunTile(cache, layer, plan, plan.tiles[task / heads], task % heads, rope, rope_magnitude, out, thread);
+      RunTile(plan, plan.tiles[task / heads], task % heads, rope, rope_magnitude, out, thread);
+    } else if (task < tiles + parts) {
+      RunPart(plan, plan.parts[task - tiles], rope, thread);
     } else {
-      RunRow(cache, layer, plan, plan.rows[(task - tiles) / heads], (task - tiles) % heads, rope, out, thread);
+      const int unit = task - tiles - parts;
+      RunRow(plan, plan.rows[unit / heads], unit % heads, rope, out, thread);
     }
   });
-  pool.ParallelFor(static_cast<int>(plan.merges.size()), [&](int task, int) { MergeRow(plan.merges[task], out); });
+  pool.ParallelFor(static_cast<int>(plan.merges.size()) * heads,
+                   [&](int task, int) { MergeRow(plan.merges[task / heads], task % heads, out); });
 }
 
-void Attention::RunTile(const kv::KvCache& cache, int layer, const WindowPlan& plan, const TileUnit& unit, int kv_head,
-                        const dense::RopeTable& rope, float rope_magnitude, const dense::Activations& out, int thread) {
+void Attention::RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,
+                        float rope_magnitude, const dense::Activations& out, int thread) {
   TileArgs args;
-  args.run = RunOf(cache, layer, spans_[unit.span], kv_head);
+  args.run = runs_[unit.span];
+  args.kv_head = kv_head;
   args.rope = &rope;
   args.inverse_magnitude = 1 / rope_magnitude;
   args.q = q_.data() + static_cast<ptrdiff_t>(unit.row) * shape_.d_q() +
@@ -213,81 +305,141 @@ void Attention::RunTile(const kv::KvCache& cache, int layer, const WindowPlan& p
   TileAttentionBf16(args);
 }
 
-void Attention::RunRow(const kv::KvCache& cache, int layer, const WindowPlan& plan, const RowUnit& unit, int kv_head,
-                       const dense::RopeTable& rope, const dense::Activations& out, int thread) {
-  auto* scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
-  RowArgs args;
-  args.run = RunOf(cache, layer, spans_[unit.span], kv_head);
-  args.rope = &rope;
-  args.position = unit.position;
-  args.window = plan.window;
-  args.first = unit.first;
-  args.last = unit.last;
-  args.scratch = scratch;
+Visit Attention::VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
+                         const dense::RopeTable& rope) const {
+  const kv::LogicalBlock& block = run.blocks[index];
+  const int kv_head = head / shape_.group();
+  Visit visit;
+  visit.k = run.Head(run.k, index, kv_head);
+  visit.v = run.Head(run.v, index, kv_head);
+  visit.cap = block.cap;
+  visit.begin = window == 0 ? 0 : std::max(0, position - window + 1 - block.start);
+  visit.end = std::min<int>(block.tokens, position + 1 - block.start);
+  visit.k_scale = run.KScale(index);
+  visit.v_scale = run.VScale(index);
+  visit.cos = rope.cos(position - block.base);
+  visit.sin = rope.sin(position - block.base);
+  visit.q = q_.data() + static_cast<ptrdiff_t>(row) * shape_.d_q() + static_cast<ptrdiff_t>(head) * shape_.head_dim;
+  return visit;
+}
+
+// A few visits at a time, head after head: what the rows among them share is then in the nearest cache, and so is, of
+// the next few, what was asked for meanwhile.
+void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread) {
+  Visit visits[kVisitsMax];
+  VisitArgs args;
+  args.layout = runs_.front().layout;
+  args.visits = visits;
+  args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
   const int head_dim = shape_.head_dim;
-  const auto sums_of = [&](int slot) { return scratch + RowScratchFloats(head_dim) + slot * ResultFloats(head_dim); };
+  for (int first = part.first; first < part.last; first += args.n) {
+    args.n = std::min(kVisitsMax, part.last - first);
+    for (int i = 0; i < args.n; ++i) visits[i] = FirstHead(plan, part, first + i, rope);
+    for (int head = 0; head < shape_.n_heads; head += args.queries) {
+      args.queries = std::min(kGroupMax, shape_.group() - head % shape_.group());
+      for (int i = 0; i < args.n; ++i) {
+        if (plan.visits[first + i].first) Clear(visits[i], args.queries, head_dim);
+      }
+      Attend(args);
+      const bool same_kv_head = (head + args.queries) % shape_.group() != 0;
+      for (int i = 0; i < args.n; ++i) NextQueries(visits[i], args.queries, same_kv_head);
+    }
+  }
+}
+
+// A planned visit for the first queries of the first head.
+Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope) {
+  const PlannedVisit& planned = plan.visits[index];
+  Visit visit = VisitOf(runs_[planned.span], planned.block, planned.row, planned.position, plan.window, 0, rope);
+  visit.sums = partials_.data() + planned.partial * partial_floats();
+  visit.stats = visit.sums + shape_.d_q();
+  const int next = index + kVisitsMax;
+  if (next >= part.last) return visit;
+  const auto run_of = [&](const PlannedVisit& v) -> const BlockRun& { return runs_[v.span]; };
+  const PlannedVisit& later = plan.visits[next];
+  const PlannedVisit& before = plan.visits[next - 1];
+  const BlockRun& run = run_of(later);
+  visit.next_cap = run.blocks[later.block].cap;
+  if (run.k[later.block] != run_of(before).k[before.block]) visit.next_k = run.Head(run.k, later.block, 0);
+  if (run.v[later.block] != run_of(before).v[before.block]) visit.next_v = run.Head(run.v, later.block, 0);
+  return visit;
+}
+
+void Attention::NextQueries(Visit& visit, int queries, bool same_kv_head) const {
+  visit.q += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
+  visit.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
+  visit.stats += 2 * kGroupMax;
+  if (same_kv_head) return;
+  const codec::BlockLayout& layout = *runs_.front().layout;
+  visit.k += layout.head_bytes(visit.cap);
+  visit.v += layout.head_bytes(visit.cap);
+  if (visit.next_k != nullptr) visit.next_k += layout.head_bytes(visit.next_cap);
+  if (visit.next_v != nullptr) visit.next_v += layout.head_bytes(visit.next_cap);
+}
+
+// Split after split, added up as MergeRow would.
+void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
+                       const dense::Activations& out, int thread) {
+  auto* scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
+  const int head_dim = shape_.head_dim;
+  float* sums = scratch + VisitScratchFloats(head_dim);  // (2, kGroupMax, head_dim): all so far, the present split's
+  float* stats = sums + static_cast<ptrdiff_t>(2 * kGroupMax) * head_dim;  // (2, 2, kGroupMax)
+  Visit visits[kVisitsMax];
+  VisitArgs args;
+  args.layout = runs_.front().layout;
+  args.visits = visits;
+  args.scratch = scratch;
   for (int g = 0; g < shape_.group(); g += kGroupMax) {
     const int head = kv_head * shape_.group() + g;
     args.queries = std::min(kGroupMax, shape_.group() - g);
-    args.q = q_.data() + static_cast<ptrdiff_t>(unit.row) * shape_.d_q() + static_cast<ptrdiff_t>(head) * head_dim;
-    if (unit.partial >= 0) {
-      float* partial = partials_.data() + unit.partial * partial_floats();
-      args.sums = partial + static_cast<ptrdiff_t>(head) * head_dim;
-      args.max = partial + static_cast<ptrdiff_t>(shape_.n_heads) * head_dim + head;
-      args.total = args.max + shape_.n_heads;
-      (bf16_kernels_ ? RowAttentionBf16 : RowAttentionGeneric)(args);
-      continue;
-    }
-    // A whole row: split after split, added up as MergeRow would.
-    float* sums = sums_of(0);
-    float* max = sums + static_cast<ptrdiff_t>(kGroupMax) * head_dim;
-    float* total = max + kGroupMax;
-    for (int at = unit.first; at < unit.last; at = args.last) {
-      args.first = at;
-      args.last = SplitEnd(at, unit.last);
-      args.sums = at == unit.first ? sums : sums_of(1);
-      args.max = args.sums + static_cast<ptrdiff_t>(kGroupMax) * head_dim;
-      args.total = args.max + kGroupMax;
-      (bf16_kernels_ ? RowAttentionBf16 : RowAttentionGeneric)(args);
-      for (int q = 0; at != unit.first && q < args.queries; ++q) {
-        const ptrdiff_t offset = static_cast<ptrdiff_t>(q) * head_dim;
-        Combine(sums + offset, max[q], total[q], args.sums + offset, args.max[q], args.total[q], head_dim);
+    for (int at = unit.first; at < unit.last;) {
+      const int slot = at == unit.first ? 0 : kGroupMax;
+      const int end = SplitEnd(at, unit.last);
+      for (const int first = at; at < end; at += args.n) {
+        args.n = std::min(kVisitsMax, end - at);
+        for (int i = 0; i < args.n; ++i) {
+          visits[i] = VisitOf(runs_[unit.span], at + i, unit.row, unit.position, plan.window, head, rope);
+          visits[i].sums = sums + static_cast<ptrdiff_t>(slot) * head_dim;
+          visits[i].stats = stats + static_cast<ptrdiff_t>(2) * slot;
+        }
+        if (at == first) Clear(visits[0], args.queries, head_dim);
+        Attend(args);
+      }
+      for (int q = 0; slot != 0 && q < args.queries; ++q) {
+        Combine(sums + static_cast<ptrdiff_t>(q) * head_dim, stats + q,
+                sums + static_cast<ptrdiff_t>(slot + q) * head_dim, stats + 2 * slot + q, head_dim);
       }
     }
-    WriteRow(sums, total, args.queries, unit.row, head, out);
+    for (int q = 0; q < args.queries; ++q)
+      WriteHead(sums + static_cast<ptrdiff_t>(q) * head_dim, stats[kGroupMax + q], unit.row, head + q, out);
   }
 }
 
-void Attention::WriteRow(const float* sums, const float* total, int queries, int row, int first_head,
-                         const dense::Activations& out) const {
-  const int head_dim = shape_.head_dim;
-  for (int g = 0; g < queries; ++g) {
-    const float scale = 1.0f / total[g];
-    const float* in = sums + static_cast<ptrdiff_t>(g) * head_dim;
-    const int column = (first_head + g) * head_dim;
-    if (out.precision == dense::Precision::kBf16) {
-      for (int c = 0; c < head_dim; ++c) out.bf16(row)[column + c] = codec::Bf16FromF32(in[c] * scale);
-    } else {
-      for (int c = 0; c < head_dim; ++c) out.f32(row)[column + c] = in[c] * scale;
-    }
+void Attention::WriteHead(const float* sums, float total, int row, int head, const dense::Activations& out) const {
+  const float scale = 1.0f / total;
+  const int column = head * shape_.head_dim;
+  if (out.precision == dense::Precision::kBf16) {
+    for (int c = 0; c < shape_.head_dim; ++c) out.bf16(row)[column + c] = codec::Bf16FromF32(sums[c] * scale);
+  } else {
+    for (int c = 0; c < shape_.head_dim; ++c) out.f32(row)[column + c] = sums[c] * scale;
   }
 }
 
-// Partials of one row, added to the first in block order (as in flash decoding).
-void Attention::MergeRow(const Merge& merge, const dense::Activations& out) {
+// Partials of one row, added to the first in their order (as in flash decoding).
+void Attention::MergeRow(const Merge& merge, int kv_head, const dense::Activations& out) {
   const int head_dim = shape_.head_dim;
-  for (int head = 0; head < shape_.n_heads; ++head) {
+  for (int head = kv_head * shape_.group(); head < (kv_head + 1) * shape_.group(); ++head) {
+    const int queries_before = head % shape_.group() / kGroupMax * kGroupMax;
+    const int at = (kv_head * CeilDiv(shape_.group(), kGroupMax) * kGroupMax + queries_before) * 2 +
+                   head % shape_.group() - queries_before;
     const auto sums = [&](int i) {
       return partials_.data() + (merge.first_partial + i) * partial_floats() + static_cast<ptrdiff_t>(head) * head_dim;
     };
-    const auto max = [&](int i) {
-      return partials_.data() + (merge.first_partial + i) * partial_floats() +
-             static_cast<ptrdiff_t>(shape_.n_heads) * head_dim + head;
+    const auto stats = [&](int i) {
+      return partials_.data() + (merge.first_partial + i) * partial_floats() + shape_.d_q() + at;
     };
-    for (int i = 1; i < merge.partials; ++i) {
-      Combine(sums(0), *max(0), max(0)[shape_.n_heads], sums(i), *max(i), max(i)[shape_.n_heads], head_dim);
-    }
-    WriteRow(sums(0), max(0) + shape_.n_heads, 1, merge.row, head, out);
+    for (int i = 1; i < merge.partials; ++i) Combine(sums(0), stats(0), sums(i), stats(i), head_dim);
+    WriteHead(sums(0), stats(0)[kGroupMax], merge.row, head, out);
   }
 }
 

@@ -1,12 +1,14 @@
 // Attention: one step's attention over the block store, layer by layer.
 //
-// Plan cuts a step into units of work once; Store and Run then execute them for each layer. A unit is either
-//   a row    one position of one sequence against its blocks (decode, and any row whose result must not depend on how
-//   rows
-//            are grouped), kSplitBlocks at a time; where there are few rows each split is a unit of its own, merged
-//            after
-//   a tile   a run of positions of one sequence against all their tokens (prefill), where the CPU has the kernel
-// times the KV heads.
+// Plan cuts a step into units of work once; Store and Run then execute them for each layer. A unit is one of
+//   a part   visits: one row (one position of one sequence) against one of its blocks, for all heads. The visits of
+//            decoding rows are ordered by physical block, so that what several sequences share is read from memory once
+//            for all of them; each part keeps a partial result per row, and these are merged after
+//   a row    one position against all its blocks, kSplitBlocks at a time, of one KV head: short runs of a prompt
+//   a tile   a run of positions of one sequence against all their tokens, of one KV head (prefill), where the CPU has
+//            the kernel
+// With `rows_independent` the parts are splits of single rows instead, and a row's sums are added up in the same order
+// whatever else is in the step.
 //
 // Threads: called by one thread, works on the pool's. Owns: plan and scratch, which grow to the largest step seen.
 // Fails how: never.
@@ -74,18 +76,32 @@ class Attention {
     int rows = 0;
     int offset = 0;  // of the first row's token in the block
   };
+  // One row against one block, for all heads.
+  struct PlannedVisit {
+    BlockId key;    // physical block in the first layer of this window size
+    int order = 0;  // among all visits, as they come; then, of the first visit to the same block
+    int span = 0;
+    int row = 0;
+    int position = 0;
+    int block = 0;       // logical
+    int partial = 0;     // index into partials
+    bool first = false;  // of its partial
+  };
+  struct Part {
+    int first = 0;  // visits
+    int last = 0;
+  };
+  struct Merge {
+    int row = 0;
+    int first_partial = 0;
+    int partials = 0;
+  };
   struct RowUnit {
     int span = 0;
     int row = 0;
     int position = 0;
     int first = 0;  // logical blocks
     int last = 0;
-    int partial = -1;  // index into partials; -1: a whole row, which writes its result directly
-  };
-  struct Merge {
-    int row = 0;
-    int first_partial = 0;
-    int partials = 0;
   };
   struct TileUnit {
     int span = 0;
@@ -98,30 +114,48 @@ class Attention {
   // Units for layers with one window size.
   struct WindowPlan {
     int window = 0;
-    std::vector<RowUnit> rows;
+    int first_layer = 0;
+    std::vector<PlannedVisit> visits;
+    std::vector<Part> parts;
     std::vector<Merge> merges;
+    std::vector<RowUnit> rows;
     std::vector<TileUnit> tiles;
+    int partials = 0;
   };
 
   void PlanWindow(const kv::KvCache& cache, WindowPlan& plan);
-  BlockRun RunOf(const kv::KvCache& cache, int layer, const RowSpan& span, int kv_head) const;
-  void RunRow(const kv::KvCache& cache, int layer, const WindowPlan& plan, const RowUnit& unit, int kv_head,
-              const dense::RopeTable& rope, const dense::Activations& out, int thread);
-  void RunTile(const kv::KvCache& cache, int layer, const WindowPlan& plan, const TileUnit& unit, int kv_head,
-               const dense::RopeTable& rope, float rope_magnitude, const dense::Activations& out, int thread);
-  void WriteRow(const float* sums, const float* total, int queries, int row, int first_head,
-                const dense::Activations& out) const;
-  void MergeRow(const Merge& merge, const dense::Activations& out);
+  void PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows);
+  BlockRun RunOf(const kv::KvCache& cache, int layer, const RowSpan& span) const;
+  // A row against the visible part of a block; where its results go is still to be set.
+  Visit VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
+                const dense::RopeTable& rope) const;
+  Visit FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope);
+  void NextQueries(Visit& visit, int queries, bool same_kv_head) const;
+  void Attend(const VisitArgs& args) const { (bf16_kernels_ ? AttendBf16 : AttendGeneric)(args); }
+  void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
+  void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
+              const dense::Activations& out, int thread);
+  void RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,
+               float rope_magnitude, const dense::Activations& out, int thread);
+  void WriteHead(const float* sums, float total, int row, int head, const dense::Activations& out) const;
+  void MergeRow(const Merge& merge, int kv_head, const dense::Activations& out);
 
-  size_t partial_floats() const { return static_cast<size_t>(shape_.n_heads) * (shape_.head_dim + 2); }
+  // (n_heads, head_dim) sums, then (n_kv_heads, groups of kGroupMax queries, 2, kGroupMax) stats.
+  size_t partial_floats() const {
+    return static_cast<size_t>(shape_.d_q()) +
+           static_cast<size_t>(2 * kGroupMax) * shape_.n_kv_heads * CeilDiv(shape_.group(), kGroupMax);
+  }
 
   HeadShape shape_;
+  bool rows_independent_ = false;
   bool tiles_ = false;
   bool bf16_kernels_ = false;
   std::vector<RowSpan> spans_;
   std::vector<Segment> segments_;
   std::vector<WindowPlan> plans_;  // one per distinct window
   std::vector<int> plan_of_layer_;
+  std::vector<int> last_part_;   // (visiting rows) while planning
+  std::vector<BlockRun> runs_;   // (spans) of the present layer
   std::vector<float> q_;         // (max_rows, n_heads, 2, head_dim / 2)
   std::vector<float> partials_;  // (partials, n_heads, head_dim + 2): sums, max, total
   size_t thread_scratch_bytes_ = 0;

@@ -159,6 +159,34 @@ TEST(AttentionTest, MixedBatchesAndForks) {
   }
 }
 
+// Families of forks, decoding together: each block of a family is read by all of its members, open ones by one each.
+TEST(AttentionTest, ManyReadersOfSharedBlocks) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF32}) {
+    std::vector<World::Results> results;
+    for (const int threads : {1, 2, 3}) {
+      World world({.codec = codec, .window = {0, 50}, .threads = threads, .judged = threads == 2, .tokens_max = 4000});
+      std::vector<SequenceId> ids;
+      for (int family = 0; family < 3; ++family) {
+        const SequenceId first = world.Start(DomainId(family));
+        world.Step({{first, RandomTokens(150 + 60 * family, 20 + family)}});
+        ids.push_back(first);
+        for (int i = 0; i < 2 * family + 1; ++i) ids.push_back(world.Fork(first));
+      }
+      std::ranges::reverse(ids);
+      for (int step = 0; step < 3; ++step) {
+        std::vector<World::Piece> pieces;
+        for (size_t i = 0; i < ids.size(); ++i)
+          pieces.push_back({ids[i], RandomTokens(1 + step % 2, 50 * i + static_cast<uint64_t>(step))});
+        world.Step(pieces);
+        if (HasFatalFailure()) return;
+      }
+      results.push_back(world.results());
+    }
+    EXPECT_EQ(results[0], results[1]);
+    EXPECT_EQ(results[0], results[2]);
+  }
+}
+
 // Keys stored free of their position, and keys stored with it, against plain absolute RoPE: f32 throughout, to 1e-4.
 TEST(AttentionTest, BlocksAreAbsoluteRope) {
   for (const int store : {0, 1, 2, 3}) {

@@ -10,9 +10,6 @@ namespace {
 // The first n of 16 lanes; n may be negative or above 16.
 inline __mmask16 LaneMask(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 
-// The score of a key that may not be seen: finite, so that it has a fraction, and 2^kUnseen is zero.
-constexpr float kUnseen = -1e30f;
-
 // 2^x for finite x <= 0, to 3e-6 relative (a weight is then rounded to bf16, 4e-3): an integer and a fraction in
 // [-1/2, 1/2], and the polynomial of degree 4 with the least relative error there.
 inline __m512 Exp2(__m512 x) {
@@ -28,9 +25,9 @@ inline __m512 Exp2(__m512 x) {
 
 // Two vectors of floats to one of bf16 pairs: first in the low half of each lane.
 inline __m512i PackPairs(__m512 first, __m512 second) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
 // Rotates q (2, n_pairs) f32 and packs it as bf16 pairs, times `factor`.

@@ -1,8 +1,7 @@
-// Attention on any CPU and for any codec: the same steps as the AVX-512 BF16 row kernel, in f32 through Highway.
+// Attention on any CPU and for any codec: the same steps as the AVX-512 BF16 block kernel, in f32 through Highway.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "attention/kernels.h"
 
@@ -83,69 +82,56 @@ HWY_INLINE hn::Vec<D> WeighVector(D d, Codec codec, const float* weights, int be
   return sum;
 }
 
-void RowAttentionImpl(const RowArgs& args) {
+void AttendImpl(const VisitArgs& args) {
   const DF d;
   const hn::CappedTag<float, 4> d4;  // capacities are multiples of 4 tokens
   const hn::CappedTag<float, 1> d1;
   const int lanes = static_cast<int>(hn::Lanes(d));
   const int lanes4 = static_cast<int>(hn::Lanes(d4));
-  const Codec codec = args.run.layout->codec;
-  const int head_dim = args.run.layout->head_dim;
+  const Codec codec = args.layout->codec;
+  const int head_dim = args.layout->head_dim;
   const int n_pairs = head_dim / 2;
-  float* scores = args.scratch;  // (blocks, kBlockTokensMax)
-  float* rotated = args.scratch + kSplitBlocks * codec::kBlockTokensMax;
+  float* row = args.scratch;  // (kBlockTokensMax) scores, then weights
+  float* rotated = args.scratch + codec::kBlockTokensMax;
 
-  for (int g = 0; g < args.queries; ++g) {
-    const float* q = args.q + static_cast<ptrdiff_t>(g) * head_dim;
-    float max = -std::numeric_limits<float>::infinity();
-    for (int index = args.first; index < args.last; ++index) {
-      const kv::LogicalBlock& block = args.run.blocks[index];
-      const float* cos = args.rope->cos(args.position - block.base);
-      const float* sin = args.rope->sin(args.position - block.base);
-      const float scale = args.run.KScale(index);
-      for (int i = 0; i < n_pairs; ++i) {
-        rotated[i] = scale * (q[i] * cos[i] - q[n_pairs + i] * sin[i]);
-        rotated[n_pairs + i] = scale * (q[i] * sin[i] + q[n_pairs + i] * cos[i]);
-      }
-      const std::byte* k = args.run.Head(args.run.k, index);
-      float* row = scores + (index - args.first) * codec::kBlockTokensMax;
-      int token = 0;
-      for (; token + lanes <= block.cap; token += lanes)
-        hn::StoreU(ScoreVector(d, codec, rotated, n_pairs, k, block.cap, token), d, row + token);
-      for (; token < block.cap; token += lanes4)
-        hn::StoreU(ScoreVector(d4, codec, rotated, n_pairs, k, block.cap, token), d4, row + token);
-      const int begin = args.window == 0 ? 0 : std::max(0, args.position - args.window + 1 - block.start);
-      const int end = std::min<int>(block.tokens, args.position + 1 - block.start);
-      for (int t = begin; t < end; ++t) max = std::max(max, row[t]);
+  for (int i = 0; i < args.n * args.queries; ++i) {
+    const Visit& visit = args.visits[i / args.queries];
+    const int g = i % args.queries;
+    const float* q = visit.q + static_cast<ptrdiff_t>(g) * head_dim;
+    for (int pair = 0; pair < n_pairs; ++pair) {
+      const float cos = visit.cos[pair];
+      const float sin = visit.sin[pair];
+      rotated[pair] = visit.k_scale * (q[pair] * cos - q[n_pairs + pair] * sin);
+      rotated[n_pairs + pair] = visit.k_scale * (q[pair] * sin + q[n_pairs + pair] * cos);
     }
-    float total = 0;
-    float* sums = args.sums + static_cast<ptrdiff_t>(g) * head_dim;
-    std::fill_n(sums, head_dim, 0.0f);
-    for (int index = args.first; index < args.last; ++index) {
-      const kv::LogicalBlock& block = args.run.blocks[index];
-      float* row = scores + (index - args.first) * codec::kBlockTokensMax;
-      const int begin = args.window == 0 ? 0 : std::max(0, args.position - args.window + 1 - block.start);
-      const int end = std::min<int>(block.tokens, args.position + 1 - block.start);
-      const float scale = args.run.VScale(index);
-      if (begin > 0) row[begin - 1] = 0;  // shares a pair with the first visible token
-      for (int t = begin; t < end; ++t) {
-        const float weight = std::exp2(row[t] - max);
-        total += weight;
-        row[t] = weight * scale;
-      }
-      const std::byte* v = args.run.Head(args.run.v, index);
-      int channel = 0;
-      for (; channel + lanes <= head_dim; channel += lanes) {
-        hn::StoreU(WeighVector(d, codec, row, begin, end, v, head_dim, channel, hn::LoadU(d, sums + channel)), d,
-                   sums + channel);
-      }
-      for (; channel < head_dim; ++channel) {
-        hn::StoreU(WeighVector(d1, codec, row, begin, end, v, head_dim, channel, hn::LoadU(d1, sums + channel)), d1,
-                   sums + channel);
-      }
+    int token = 0;
+    for (; token + lanes <= visit.cap; token += lanes)
+      hn::StoreU(ScoreVector(d, codec, rotated, n_pairs, visit.k, visit.cap, token), d, row + token);
+    for (; token < visit.cap; token += lanes4)
+      hn::StoreU(ScoreVector(d4, codec, rotated, n_pairs, visit.k, visit.cap, token), d4, row + token);
+
+    float& max = visit.stats[g];
+    float& total = visit.stats[kGroupMax + g];
+    const float old_max = max;
+    max = std::max(old_max, *std::max_element(row + visit.begin, row + visit.end));
+    const float correction = std::exp2(old_max - max);
+    total *= correction;
+    if (visit.begin > 0) row[visit.begin - 1] = 0;  // shares a pair with the first visible token
+    for (int t = visit.begin; t < visit.end; ++t) {
+      const float weight = std::exp2(row[t] - max);
+      total += weight;
+      row[t] = weight * visit.v_scale;
     }
-    args.max[g] = max;
-    args.total[g] = total;
+
+    float* sums = visit.sums + static_cast<ptrdiff_t>(g) * head_dim;
+    const auto add = [&](auto tag, int channel) HWY_ATTR {
+      const auto old = hn::Mul(hn::LoadU(tag, sums + channel), hn::Set(tag, correction));
+      hn::StoreU(WeighVector(tag, codec, row, visit.begin, visit.end, visit.v, head_dim, channel, old), tag,
+                 sums + channel);
+    };
+    int channel = 0;
+    for (; channel + lanes <= head_dim; channel += lanes) add(d, channel);
+    for (; channel < head_dim; ++channel) add(d1, channel);
   }
 }
 
@@ -243,10 +229,10 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace jointkv::attention {
 
-HWY_EXPORT(RowAttentionImpl);
+HWY_EXPORT(AttendImpl);
 HWY_EXPORT(StoreTokenImpl);
 
-void RowAttentionGeneric(const RowArgs& args) { HWY_DYNAMIC_DISPATCH(RowAttentionImpl)(args); }
+void AttendGeneric(const VisitArgs& args) { HWY_DYNAMIC_DISPATCH(AttendImpl)(args); }
 void StoreToken(const TokenArgs& args) { HWY_DYNAMIC_DISPATCH(StoreTokenImpl)(args); }
 
 }  // namespace jointkv::attention

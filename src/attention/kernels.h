@@ -15,7 +15,7 @@
 
 namespace jointkv::attention {
 
-// One sequence's blocks in one layer, for one KV head.
+// One sequence's blocks in one layer.
 struct BlockRun {
   const codec::BlockLayout* layout = nullptr;
   const kv::LogicalBlock* blocks = nullptr;  // by logical index
@@ -25,43 +25,64 @@ struct BlockRun {
   const float* v_scale = nullptr;
   const std::byte* arena = nullptr;
   size_t granule_bytes = 0;
-  int kv_head = 0;
 
-  const std::byte* Head(const BlockId* table, int index) const {
-    return arena + static_cast<size_t>(table[index].value) * granule_bytes +
-           layout->head_offset(kv_head, blocks[index].cap);
+  const std::byte* Block(const BlockId* table, int index) const {
+    return arena + static_cast<size_t>(table[index].value) * granule_bytes;
+  }
+  const std::byte* Head(const BlockId* table, int index, int kv_head) const {
+    return Block(table, index) + layout->head_offset(kv_head, blocks[index].cap);
   }
   float KScale(int index) const { return k_scale == nullptr ? 1.0f : k_scale[index]; }
   float VScale(int index) const { return v_scale == nullptr ? 1.0f : v_scale[index]; }
 };
 
-inline constexpr int kGroupMax = 4;      // queries that a row kernel handles at once
-inline constexpr int kSplitBlocks = 16;  // logical blocks of one partial: fixed, so results do not depend on threads
+inline constexpr int kGroupMax = 4;      // queries that a block kernel handles at once
+inline constexpr int kSplitBlocks = 16;  // logical blocks of one partial of an independent row
 
-// One query row (one position) of one KV head's group against logical blocks [first, last).
-struct RowArgs {
-  BlockRun run;
-  const dense::RopeTable* rope = nullptr;
+// The largest score of a query that has seen nothing yet: finite, so that it has a fraction, and 2^kUnseen is zero.
+inline constexpr float kUnseen = -1e30f;
+
+inline constexpr int kVisitsMax = 8;  // that a block kernel handles at once
+
+// A visit: one query row (one position) of one KV head's group against one block, added to what the row has seen before
+// (online softmax, Milakov and Gimelshein 2018).
+struct Visit {
+  const std::byte* k = nullptr;  // this head's part of the block
+  const std::byte* v = nullptr;
+  int cap = 0;
+  int begin = 0;  // visible tokens [begin, end), at least one
+  int end = 0;
+  float k_scale = 1;
+  float v_scale = 1;
+  const float* cos = nullptr;  // (head_dim / 2) from the block's base to the row's position
+  const float* sin = nullptr;
   const float* q = nullptr;  // (queries, 2, head_dim / 2)
-  int queries = 0;           // <= kGroupMax
-  int position = 0;          // of the row; tokens after it are not seen
-  int window = 0;            // tokens it looks back, itself included; 0: all
-  int first = 0;
-  int last = 0;              // last - first <= kSplitBlocks
-  float* sums = nullptr;     // out: (queries, head_dim) weighted sums of V, not yet divided
-  float* max = nullptr;      // out: (queries) largest score, base 2
-  float* total = nullptr;    // out: (queries) sum of 2^(score - max)
-  float* scratch = nullptr;  // RowScratchFloats(head_dim), 64-byte aligned
+  float* sums = nullptr;     // in and out: (queries, head_dim) weighted sums of V, not yet divided; 0 at first
+  // In and out: (2, kGroupMax), lanes beyond `queries` unused: largest score, base 2, kUnseen at first; and sum of
+  // 2^(score - max), 0 at first.
+  float* stats = nullptr;
+  // Read soon by a later call, or null.
+  const std::byte* next_k = nullptr;
+  const std::byte* next_v = nullptr;
+  int next_cap = 0;
 };
 
-constexpr size_t RowScratchFloats(int head_dim) {
-  return static_cast<size_t>(kGroupMax) * (2 * kSplitBlocks * codec::kBlockTokensMax + 2 * RoundUp(head_dim, 32));
+struct VisitArgs {
+  const codec::BlockLayout* layout = nullptr;
+  const Visit* visits = nullptr;
+  int n = 0;                 // <= kVisitsMax, in the order in which they are added up
+  int queries = 0;           // <= kGroupMax
+  float* scratch = nullptr;  // VisitScratchFloats(head_dim), 64-byte aligned
+};
+
+constexpr size_t VisitScratchFloats(int head_dim) {
+  return static_cast<size_t>(kVisitsMax) * kGroupMax * (RoundUp(head_dim, 32) + 2 * codec::kBlockTokensMax);
 }
 
 // bf16 blocks with AVX-512 BF16: dot products of bf16 pairs, f32 sums; probabilities rounded to bf16.
-void RowAttentionBf16(const RowArgs& args);
+void AttendBf16(const VisitArgs& args);
 // Any codec, any target, f32 arithmetic throughout.
-void RowAttentionGeneric(const RowArgs& args);
+void AttendGeneric(const VisitArgs& args);
 
 inline constexpr int kTileKeys = 256;
 inline constexpr int kTileQueries = 192;  // rows times group, at most
@@ -71,6 +92,7 @@ inline constexpr int kTileQueries = 192;  // rows times group, at most
 // between.
 struct TileArgs {
   BlockRun run;
+  int kv_head = 0;
   const dense::RopeTable* rope = nullptr;
   float inverse_magnitude = 1;  // 1 / the rope table's magnitude (keys meet the table twice)
   const float* q = nullptr;     // first row's first query of this group

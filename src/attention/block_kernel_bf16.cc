@@ -1,0 +1,248 @@
+#include <algorithm>
+
+#include "attention/kernels.h"
+#include "base/check.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "base/avx512bf16_push.h"
+// After the push: these helpers are for AVX-512 callers only.
+#include "attention/avx512bf16-inl.h"
+
+namespace jointkv::attention {
+namespace {
+
+// What is stored for a later step in between, so that one visit need not wait for another's latencies.
+struct Scratch {
+  Scratch(const VisitArgs& args) {
+    q_stride = RoundUp(args.layout->head_dim / 2, 16);
+    q = reinterpret_cast<uint32_t*>(args.scratch);
+    scores = args.scratch + kVisitsMax * kGroupMax * q_stride;
+    weights = reinterpret_cast<uint16_t*>(scores + kVisitsMax * kGroupMax * codec::kBlockTokensMax);
+  }
+  uint32_t* Query(int visit, int g) const { return q + (visit * kGroupMax + g) * q_stride; }
+  float* Scores(int visit, int g) const { return scores + (visit * kGroupMax + g) * codec::kBlockTokensMax; }
+  uint16_t* Weights(int visit, int g) const { return weights + (visit * kGroupMax + g) * codec::kBlockTokensMax; }
+
+  ptrdiff_t q_stride;
+  uint32_t* q;        // (visits, queries, pairs rounded up to 16) rotated bf16 pairs
+  float* scores;      // (visits, queries, kBlockTokensMax)
+  uint16_t* weights;  // (visits, queries, kBlockTokensMax) bf16
+};
+
+// Blocks lie anywhere in memory and are read too fast for the processor to guess what comes next. A little at a time:
+// in a burst they would keep the present block's loads waiting.
+void Prefetch(const std::byte* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
+
+// Scores of tokens [0, 16 kVectors).
+template <int kQueries, int kVectors>
+void Score(const Visit& visit, int n_pairs, const uint32_t* q, ptrdiff_t q_stride, float* scores) {
+  // Even and odd pairs sum apart, so that enough products are in flight.
+  __m512 sum[2][kQueries][kVectors];
+  for (auto& half : sum) {
+    for (auto& row : half) {
+      for (auto& vector : row) vector = _mm512_setzero_ps();
+    }
+  }
+  __mmask16 load[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) load[i] = LaneMask(visit.cap - 16 * i);
+  const ptrdiff_t stride = static_cast<ptrdiff_t>(visit.cap) * 4;
+  const ptrdiff_t next_stride = static_cast<ptrdiff_t>(visit.next_cap) * 4;
+  const auto step = [&](int half, int pair) __attribute__((always_inline)) {
+    if (visit.next_k != nullptr) {
+      Prefetch(visit.next_k + pair * next_stride);
+      if (next_stride > 64) Prefetch(visit.next_k + pair * next_stride + 64);
+    }
+    __m512bh k[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i)
+      k[i] = (__m512bh)_mm512_maskz_loadu_epi32(load[i], visit.k + pair * stride + 64 * i);
+#pragma GCC unroll 8
+    for (int g = 0; g < kQueries; ++g) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(q[g * q_stride + pair]));
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sum[half][g][i] = _mm512_dpbf16_ps(sum[half][g][i], x, k[i]);
+    }
+  };
+  int pair = 0;
+  for (; pair + 2 <= n_pairs; pair += 2) {
+    step(0, pair);
+    step(1, pair + 1);
+  }
+  if (pair < n_pairs) step(0, pair);
+#pragma GCC unroll 8
+  for (int g = 0; g < kQueries; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i)
+      _mm512_store_ps(scores + g * codec::kBlockTokensMax + 16 * i, _mm512_add_ps(sum[0][g][i], sum[1][g][i]));
+  }
+}
+
+// Lane q of the result, and of each four after it: the largest lane of rows[q].
+__m512 LargestOf4(const __m512 (&rows)[4]) {
+  const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+  __m512 all = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  all = _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+  return _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+}
+
+// The same of sums.
+__m512 SumsOf4(const __m512 (&rows)[4]) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+  __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  all = _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+  return _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+}
+
+// Turns a visit's scores into weights, and sets the factors by which its earlier sums shrink.
+template <int kQueries, int kVectors>
+void Weigh(const Visit& visit, const float* scores, uint16_t* weights, float* correction) {
+  const uint64_t visible = ((uint64_t{1} << visit.end) - 1) & ~((uint64_t{1} << visit.begin) - 1);
+  const __m512 unseen = _mm512_set1_ps(kUnseen);
+  __m512 seen[kQueries][kVectors];
+  __m512 row[4] = {unseen, unseen, unseen, unseen};
+#pragma GCC unroll 8
+  for (int g = 0; g < kQueries; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      seen[g][i] = _mm512_mask_blend_ps(static_cast<__mmask16>(visible >> (16 * i)), unseen,
+                                        _mm512_load_ps(scores + g * codec::kBlockTokensMax + 16 * i));
+      row[g] = _mm512_max_ps(row[g], seen[g][i]);
+    }
+  }
+  const __m512 old_max = _mm512_broadcast_f32x4(_mm_loadu_ps(visit.stats));
+  const __m512 max = _mm512_max_ps(old_max, LargestOf4(row));
+  const __m512 shrink = Exp2(_mm512_sub_ps(old_max, max));
+  const __m512 v_scale = _mm512_set1_ps(visit.v_scale);
+#pragma GCC unroll 8
+  for (int g = 0; g < 4; ++g) row[g] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int g = 0; g < kQueries; ++g) {
+    const __m512 query_max = _mm512_permutexvar_ps(_mm512_set1_epi32(g), max);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      const __m512 weight = Exp2(_mm512_sub_ps(seen[g][i], query_max));
+      row[g] = _mm512_add_ps(row[g], weight);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + g * codec::kBlockTokensMax + 16 * i),
+                         (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(weight, v_scale)));
+    }
+  }
+  const __m128 shrink4 = _mm512_castps512_ps128(shrink);
+  _mm_storeu_ps(correction, shrink4);
+  _mm_storeu_ps(visit.stats, _mm512_castps512_ps128(max));
+  float* total = visit.stats + kGroupMax;
+  _mm_storeu_ps(total, _mm_add_ps(_mm_mul_ps(_mm_loadu_ps(total), shrink4), _mm512_castps512_ps128(SumsOf4(row))));
+}
+
+// sums = sums * correction + weights * v, channels [channel, channel + 16 kVectors); one vector may be incomplete.
+// Complete ones are stored without a mask: the next visit of the row reads them at once, which masks would delay.
+template <int kQueries, int kVectors>
+void WeightedSum(const Visit& visit, int head_dim, const float* correction, const uint16_t* weights, int channel) {
+  constexpr bool kComplete = kVectors > 1;
+  const __mmask16 mask = kComplete ? 0xffff : LaneMask(head_dim - channel);
+  const auto load = [&](const void* at) __attribute__((always_inline)) {
+    return kComplete ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(mask, at);
+  };
+  __m512 sum[kQueries][kVectors];
+#pragma GCC unroll 8
+  for (int g = 0; g < kQueries; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      sum[g][i] = _mm512_mul_ps(_mm512_set1_ps(correction[g]),
+                                _mm512_castsi512_ps(load(visit.sums + g * head_dim + channel + 16 * i)));
+    }
+  }
+  const std::byte* v = visit.v + static_cast<ptrdiff_t>(channel) * 4;
+  const ptrdiff_t stride = static_cast<ptrdiff_t>(head_dim) * 4;
+  const std::byte* next = visit.next_v == nullptr ? nullptr : visit.next_v + static_cast<ptrdiff_t>(channel) * 4;
+  int next_pairs = next == nullptr ? 0 : visit.next_cap / 2;
+  for (int pair = visit.begin / 2; pair < (visit.end + 1) / 2; ++pair) {
+    if (next_pairs > 0) {
+      for (int i = 0; i < kVectors; ++i) Prefetch(next + 64 * i);
+      next += stride;
+      --next_pairs;
+    }
+    __m512bh values[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) values[i] = (__m512bh)load(v + pair * stride + 64 * i);
+#pragma GCC unroll 8
+    for (int g = 0; g < kQueries; ++g) {
+      int both;
+      __builtin_memcpy(&both, weights + g * codec::kBlockTokensMax + 2 * pair, sizeof(both));
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sum[g][i] = _mm512_dpbf16_ps(sum[g][i], x, values[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < kQueries; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      float* at = visit.sums + g * head_dim + channel + 16 * i;
+      if (kComplete) {
+        _mm512_storeu_ps(at, sum[g][i]);
+      } else {
+        _mm512_mask_storeu_ps(at, mask, sum[g][i]);
+      }
+    }
+  }
+}
+
+template <int kQueries>
+void Attend(const VisitArgs& args) {
+  const int head_dim = args.layout->head_dim;
+  const int n_pairs = head_dim / 2;
+  const Scratch scratch(args);
+  for (int i = 0; i < args.n; ++i) {
+    const Visit& visit = args.visits[i];
+#pragma GCC unroll 8
+    for (int g = 0; g < kQueries; ++g) {
+      RotateToPairs(visit.q + static_cast<ptrdiff_t>(g) * head_dim, n_pairs, visit.cos, visit.sin, visit.k_scale,
+                    scratch.Query(i, g));
+    }
+  }
+  for (int i = 0; i < args.n; ++i) {
+    const Visit& visit = args.visits[i];
+    (visit.end > 16 ? Score<kQueries, 2> : Score<kQueries, 1>)(visit, n_pairs, scratch.Query(i, 0), scratch.q_stride,
+                                                               scratch.Scores(i, 0));
+  }
+  float correction[kVisitsMax][4];
+  for (int i = 0; i < args.n; ++i) {
+    const Visit& visit = args.visits[i];
+    (visit.end > 16 ? Weigh<kQueries, 2> : Weigh<kQueries, 1>)(visit, scratch.Scores(i, 0), scratch.Weights(i, 0),
+                                                               correction[i]);
+  }
+  for (int i = 0; i < args.n; ++i) {
+    const Visit& visit = args.visits[i];
+    int channel = 0;
+    for (; channel + 64 <= head_dim; channel += 64)
+      WeightedSum<kQueries, 4>(visit, head_dim, correction[i], scratch.Weights(i, 0), channel);
+    for (; channel < head_dim; channel += 16)
+      WeightedSum<kQueries, 1>(visit, head_dim, correction[i], scratch.Weights(i, 0), channel);
+  }
+}
+
+}  // namespace
+
+void AttendBf16(const VisitArgs& args) {
+  static_assert(kGroupMax == 4);
+  switch (args.queries) {
+    case 1: return Attend<1>(args);
+    case 2: return Attend<2>(args);
+    case 3: return Attend<3>(args);
+    default: return Attend<4>(args);
+  }
+}
+
+}  // namespace jointkv::attention
+#include "base/avx512bf16_pop.h"
+
+#else
+namespace jointkv::attention {
+void AttendBf16(const VisitArgs&) { CHECK(false); }
+}  // namespace jointkv::attention
+#endif
