@@ -80,22 +80,24 @@ void Score(const Visit& visit, int n_pairs, const uint32_t* q, ptrdiff_t q_strid
   }
 }
 
-// Lane q of the result, and of each four after it: the largest lane of rows[q].
-__m512 LargestOf4(const __m512 (&rows)[4]) {
-  const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
-  const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
-  __m512 all = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  all = _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
-  return _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+// Lane q of the result, and of each four after it: all lanes of rows[q], combined by `op`.
+template <typename Op>
+__m512 Combine4(const __m512 (&rows)[4], const Op& op) {
+  const __m512 ab = op(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512 cd = op(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+  __m512 all = op(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  all = op(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+  return op(all, _mm512_shuffle_f32x4(all, all, 0xb1));
 }
 
-// The same of sums.
+__m512 LargestOf4(const __m512 (&rows)[4]) {
+  return Combine4(
+      rows, [](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_max_ps(a, b); });
+}
+
 __m512 SumsOf4(const __m512 (&rows)[4]) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
-  __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  all = _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
-  return _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+  return Combine4(
+      rows, [](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_add_ps(a, b); });
 }
 
 // Turns a visit's scores into weights, and sets the factors by which its earlier sums shrink.
