@@ -17,6 +17,7 @@ int Main(int argc, char** argv) {
   CLI::App app("LLM inference on the CPU over a KV cache of shared blocks.", "jointkv");
   app.require_subcommand(1);
   app.set_version_flag("--version", VersionText);
+  AddServe(app, run);
   AddGenerate(app, run);
   AddChat(app, run);
   AddInspect(app, run);

@@ -9,6 +9,7 @@ namespace jointkv::cli {
 
 using Command = std::function<int()>;  // returns the exit code
 
+void AddServe(CLI::App& app, Command& run);
 void AddGenerate(CLI::App& app, Command& run);
 void AddChat(CLI::App& app, Command& run);
 void AddInspect(CLI::App& app, Command& run);

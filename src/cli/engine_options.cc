@@ -164,19 +164,21 @@ std::function<void(int done, int total)> LoadProgress(ProgressLine& line) {
   };
 }
 
-std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& exit_code) {
-  if (const Status status = CheckModelFile(options.model_path); !status.ok()) {
-    Complain(status.message());
-    exit_code = kExitUsage;
-    return nullptr;
-  }
+Status CheckEngineOptions(const engine::EngineOptions& options) {
+  RETURN_IF_ERROR(CheckModelFile(options.model_path));
   if (options.precision == dense::Precision::kInt8 && !HasAvx512Vnni()) {
-    Complain("--compute int8: this CPU has no AVX-512 VNNI with BF16, or JOINTKV_TARGET leaves it out");
-    exit_code = kExitUsage;
-    return nullptr;
+    return {StatusCode::kUnsupported,
+            "--compute int8: this CPU has no AVX-512 VNNI with BF16, or JOINTKV_TARGET leaves it out"};
   }
   if (options.precision == dense::Precision::kBf16 && !HasAvx512Bf16()) {
-    Complain("--compute bf16: this CPU has no AVX-512 BF16, or JOINTKV_TARGET leaves it out");
+    return {StatusCode::kUnsupported, "--compute bf16: this CPU has no AVX-512 BF16, or JOINTKV_TARGET leaves it out"};
+  }
+  return Status::Ok();
+}
+
+std::unique_ptr<engine::Engine> LoadEngine(engine::EngineOptions options, int& exit_code) {
+  if (const Status status = CheckEngineOptions(options); !status.ok()) {
+    Complain(status.message());
     exit_code = kExitUsage;
     return nullptr;
   }

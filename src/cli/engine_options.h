@@ -29,6 +29,9 @@ void AddEngineFlagsButKv(CLI::App& app, engine::EngineOptions& options);
 // How the policies look for what to fuse: --similarity and --cosine-scope.
 void AddFusionScopeFlags(CLI::App& app, joint::FusionOptions& fusion);
 
+// kNotFound or kUnsupported when the model file or the CPU does not allow it; seen before anything is loaded.
+Status CheckEngineOptions(const engine::EngineOptions& options);
+
 // A bar of progress for EngineOptions::load_progress, on a line that must outlive the load.
 std::function<void(int done, int total)> LoadProgress(ProgressLine& line);
 

@@ -1,0 +1,298 @@
+#include "server/api.h"
+
+#include <spdlog/fmt/fmt.h>
+
+#include <algorithm>
+#include <ctime>
+#include <set>
+#include <utility>
+
+#include "server/openai_schema.h"
+#include "server/prepare.h"
+#include "text/detokenizer.h"
+
+namespace jointkv::server {
+namespace {
+
+using OrderedJson = nlohmann::ordered_json;
+
+constexpr size_t kInlineBodyBytes = 16384;  // read on the I/O thread: a millisecond or two
+constexpr size_t kRequestIdBytesMax = 128;
+
+std::string Dump(const OrderedJson& json) { return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace); }
+
+bool Matches(std::string_view pattern, std::string_view path) {
+  if (!pattern.ends_with('*')) return pattern == path;
+  pattern.remove_suffix(1);
+  return path.size() > pattern.size() && path.starts_with(pattern);
+}
+
+bool IsIdCharacter(char c) {
+  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_' ||
+         c == '.' || c == ':';
+}
+
+// An empty name means the one that is served.
+void CheckModel(const std::string& name, const std::string& served) {
+  if (name.empty() || name == served) return;
+  throw ApiError{.status = 404,
+                 .message = "model: '" + name.substr(0, 200) + "' does not exist, this is " + served,
+                 .param = "model",
+                 .code = "model_not_found"};
+}
+
+}  // namespace
+
+// A call between its arrival and its admission.
+struct Api::Job {
+  Exchange exchange;
+  Tenant* tenant = nullptr;
+  bool chat = false;
+  std::string body;
+  bool gone = false;
+  // What reading it gave:
+  GenerationCall call;
+  std::vector<engine::Request> requests;
+  std::optional<ApiError> error;
+
+  void Read(const ModelInfo& model, const ApiOptions& options) try {
+    const Json json = ParseObject(body, options.limits.json_depth_max);
+    call = chat ? ParseChat(json, options.limits) : ParseCompletion(json, options.limits);
+    CheckModel(call.model, options.model_name);
+    requests = Prepare(call, model, options.limits);
+  } catch (const ApiError& bad) {
+    error = bad;
+  } catch (const std::exception& bad) {
+    error = ApiError{.status = 500, .message = bad.what(), .type = "server_error"};
+  }
+};
+
+Api::Api(ApiOptions options, Executor executor, EngineThread& engine, Tenants& tenants, Metrics& metrics,
+         RequestLog& log)
+    : options_(std::move(options)),
+      executor_(std::move(executor)),
+      engine_(engine),
+      tenants_(tenants),
+      metrics_(metrics),
+      log_(log),
+      generations_(engine, tenants),
+      started_s_(static_cast<int64_t>(std::time(nullptr))),
+      random_(std::random_device()()) {}
+
+Api::~Api() = default;
+
+const std::vector<Api::Route>& Api::Routes() {
+  static const std::vector<Route> kRoutes = {
+      {"GET", "/health", Access::kPublic, &Api::Health},
+      {"GET", "/ready", Access::kPublic, &Api::Ready},
+      {"GET", "/version", Access::kPublic, &Api::Version},
+      {"GET", "/metrics", Access::kAdmin, &Api::RenderMetrics},
+      {"GET", "/v1/models", Access::kTenant, &Api::Models},
+      {"GET", "/v1/models/*", Access::kTenant, &Api::Model},
+      {"POST", "/v1/chat/completions", Access::kTenant, &Api::Chat},
+      {"POST", "/v1/completions", Access::kTenant, &Api::Completion},
+      {"POST", "/tokenize", Access::kTenant, &Api::Tokenize},
+      {"POST", "/detokenize", Access::kTenant, &Api::Detokenize},
+  };
+  return kRoutes;
+}
+
+void Api::Handle(HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
+  Exchange exchange(log_, request, RequestIdOf(request), std::move(channel));
+  try {
+    Dispatch(request, exchange);
+  } catch (const ApiError& error) {
+    exchange.ReplyError(error);
+  } catch (const std::exception& error) {
+    exchange.ReplyError({.status = 500, .message = error.what(), .type = "server_error"});
+  }
+}
+
+void Api::Dispatch(HttpRequest& request, Exchange& exchange) {
+  const bool preflight = request.method == "OPTIONS";
+  AddCorsHeaders(request, exchange, preflight);
+  const std::string method = request.method == "HEAD" ? "GET" : request.method;
+  const Route* route = nullptr;
+  std::set<std::string> allowed;
+  for (const Route& candidate : Routes()) {
+    if (!Matches(candidate.path, request.path)) continue;
+    allowed.insert(candidate.method);
+    if (candidate.method == method) route = &candidate;
+  }
+  if (allowed.empty()) {
+    throw ApiError{
+        .status = 404, .message = "there is no " + request.path.substr(0, 200) + " here", .code = "unknown_url"};
+  }
+  if (allowed.contains("GET")) allowed.insert("HEAD");
+  allowed.insert("OPTIONS");
+  if (preflight || route == nullptr) exchange.AddHeader("Allow", fmt::format("{}", fmt::join(allowed, ", ")));
+  if (preflight) {
+    exchange.Reply({.status = 204, .content_type = ""});
+    return;
+  }
+  if (route == nullptr) {
+    throw ApiError{.status = 405,
+                   .message = request.method + " is not a method of " + request.path.substr(0, 200),
+                   .code = "method_not_allowed"};
+  }
+  Context context{request, exchange, {}};
+  if (route->access != Access::kPublic) {
+    const std::optional<Caller> caller = tenants_.Authenticate(request.authorization);
+    if (!caller) {
+      const bool missing = request.authorization.empty();
+      throw ApiError{
+          .status = 401,
+          .message = missing ? "an API key is needed: Authorization: Bearer KEY" : "the API key is not known",
+          .code = "invalid_api_key"};
+    }
+    context.caller = *caller;
+    exchange.line().tenant = caller->tenant->name;
+    if (route->access == Access::kAdmin && !caller->admin) {
+      throw ApiError{.status = 403, .message = "this needs a key with \"admin\": true", .code = "forbidden"};
+    }
+  }
+  (this->*route->handler)(context);
+}
+
+void Api::AddCorsHeaders(const HttpRequest& request, Exchange& exchange, bool preflight) const {
+  const bool any = std::ranges::find(options_.cors_origins, "*") != options_.cors_origins.end();
+  if (request.origin.empty() || options_.cors_origins.empty()) return;
+  if (!any) {
+    exchange.AddHeader("Vary", "Origin");
+    if (std::ranges::find(options_.cors_origins, request.origin) == options_.cors_origins.end()) return;
+  }
+  exchange.AddHeader("Access-Control-Allow-Origin", any ? "*" : request.origin);
+  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+  if (!preflight) return;
+  exchange.AddHeader("Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS");
+  exchange.AddHeader("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id");
+  exchange.AddHeader("Access-Control-Max-Age", "3600");
+}
+
+void Api::CheckReady() const {
+  if (state_ == State::kLoading) throw Unavailable("loading", "the model is being loaded");
+  if (state_ == State::kDraining) throw Unavailable("draining", "the server is shutting down");
+}
+
+// A browser sends any other type across origins without asking first.
+void Api::CheckJsonType(const HttpRequest& request) {
+  std::string type = request.content_type.substr(0, request.content_type.find(';'));
+  while (!type.empty() && (type.back() == ' ' || type.back() == '\t')) type.pop_back();
+  std::ranges::transform(type, type.begin(),
+                         [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+  if (type == "application/json") return;
+  throw ApiError{.status = 415, .message = "Content-Type must be application/json", .code = "unsupported_media_type"};
+}
+
+void Api::Health(Context& context) { context.exchange.Reply(R"({"status":"ok"})"); }
+
+void Api::Ready(Context& context) {
+  CheckReady();
+  context.exchange.Reply(R"({"status":"ready"})");
+}
+
+void Api::Version(Context& context) { context.exchange.Reply(Dump({{"version", options_.version}})); }
+
+void Api::RenderMetrics(Context& context) {
+  context.exchange.Reply(
+      {.status = 200, .content_type = "text/plain; version=0.0.4; charset=utf-8", .body = metrics_.Render()});
+}
+
+std::string Api::ModelJson() const {
+  OrderedJson model = {
+      {"id", options_.model_name}, {"object", "model"}, {"created", started_s_}, {"owned_by", "jointkv"}};
+  if (state_ != State::kLoading) model["max_model_len"] = engine_.model().context_max;
+  return Dump(model);
+}
+
+void Api::Models(Context& context) { context.exchange.Reply("{\"object\":\"list\",\"data\":[" + ModelJson() + "]}"); }
+
+void Api::Model(Context& context) {
+  CheckModel(context.request.path.substr(std::string_view("/v1/models/").size()), options_.model_name);
+  context.exchange.Reply(ModelJson());
+}
+
+void Api::Tokenize(Context& context) {
+  CheckJsonType(context.request);
+  CheckReady();
+  const Json body = ParseObject(context.request.body, options_.limits.json_depth_max);
+  CheckModel(StringOr(body, "model", ""), options_.model_name);
+  const ModelInfo& model = engine_.model();
+  std::vector<TokenId> tokens;
+  const Json* prompt = Find(body, "prompt");
+  if (prompt == nullptr) {
+    tokens = EncodeMessages(Messages(body, options_.limits), model, BoolOr(body, "add_generation_prompt", true));
+  } else {
+    tokens = Encode(String(*prompt, "prompt"), "prompt", model, BoolOr(body, "add_special_tokens", true));
+  }
+  OrderedJson answer = {{"count", tokens.size()}, {"max_model_len", model.context_max}, {"tokens", tokens}};
+  if (BoolOr(body, "return_token_strs", false)) {
+    OrderedJson& strings = answer["token_strs"] = OrderedJson::array();
+    for (const TokenId token : tokens) strings.push_back(text::SanitizeUtf8(model.tokenizer->Piece(token)));
+  }
+  context.exchange.Reply(Dump(answer));
+}
+
+void Api::Detokenize(Context& context) {
+  CheckJsonType(context.request);
+  CheckReady();
+  const Json body = ParseObject(context.request.body, options_.limits.json_depth_max);
+  CheckModel(StringOr(body, "model", ""), options_.model_name);
+  const Json* value = Find(body, "tokens");
+  if (value == nullptr) throw BadField("tokens", "is missing");
+  const std::vector<TokenId> tokens = Tokens(*value, "tokens", options_.limits.body_bytes_max);
+  const text::Tokenizer& tokenizer = *engine_.model().tokenizer;
+  for (const TokenId token : tokens) {
+    if (!tokenizer.IsValid(token)) throw BadField("tokens", std::to_string(token) + " is not in the vocabulary");
+  }
+  context.exchange.Reply(Dump({{"prompt", text::SanitizeUtf8(tokenizer.Decode(tokens, true))}}));
+}
+
+void Api::Generate(Context& context, bool chat) {
+  CheckJsonType(context.request);
+  CheckReady();
+  const auto job = std::make_shared<Job>(
+      Job{context.exchange, context.caller.tenant, chat, std::move(context.request.body), false, {}, {}, {}});
+  if (job->body.size() <= kInlineBodyBytes) {
+    job->Read(engine_.model(), options_);
+    Admit(*job);
+    return;
+  }
+  ++in_background_;
+  job->exchange.channel().OnGone([job] { job->gone = true; });
+  executor_.in_background([this, job] {
+    job->Read(engine_.model(), options_);
+    executor_.on_io_thread([this, job] {
+      --in_background_;
+      if (job->gone) {
+        job->exchange.Gone();
+      } else {
+        Admit(*job);
+      }
+    });
+  });
+}
+
+void Api::Admit(Job& job) {
+  try {
+    if (job.error) throw *job.error;
+    CheckReady();
+    const Answer::Head head = {(job.chat ? "chatcmpl-" : "cmpl-") + RandomName(), options_.model_name,
+                               static_cast<int64_t>(std::time(nullptr))};
+    generations_.Start(job.exchange, *job.tenant, job.call, std::move(job.requests), head);
+  } catch (const ApiError& error) {
+    job.exchange.ReplyError(error);
+  }
+}
+
+void Api::CancelAll() { generations_.CancelAll(Unavailable("draining", "the server is shutting down")); }
+
+std::string Api::RequestIdOf(const HttpRequest& request) {
+  const std::string& id = request.request_id;
+  const bool usable = !id.empty() && id.size() <= kRequestIdBytesMax && std::ranges::all_of(id, IsIdCharacter);
+  return usable ? id : "req-" + RandomName();
+}
+
+std::string Api::RandomName() { return fmt::format("{:016x}{:016x}", random_(), random_()); }
+
+}  // namespace jointkv::server

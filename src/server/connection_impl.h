@@ -1,0 +1,22 @@
+// For http_server.cc: makes connections of accepted sockets. The only headers with Asio types are this and those of
+// the .cc files.
+#pragma once
+
+#include <boost/asio/generic/stream_protocol.hpp>
+#include <boost/asio/ssl/context.hpp>
+
+#include <memory>
+#include <string>
+
+#include "server/connection.h"
+
+namespace jointkv::server {
+
+using Socket = boost::asio::generic::stream_protocol::socket;
+
+// `callbacks` and `limits` must outlive it. `tls` null: none. `server_name`: the Server header.
+std::shared_ptr<Connection> MakeConnection(Socket socket, boost::asio::ssl::context* tls,
+                                           const Connection::Callbacks& callbacks, const Limits& limits,
+                                           const std::string& server_name);
+
+}  // namespace jointkv::server

@@ -1,0 +1,61 @@
+// Listens, keeps the connections, and runs the I/O thread's loop.
+//
+// HttpServer. Threads: Run's is the I/O thread; Post and InBackground may be called from any. Owns: the listening
+// socket, the connections, one helper thread. Fails how: Listen returns a Status; whatever a client does ends at most
+// its own connection.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+#include "server/connection.h"
+#include "server/limits.h"
+#include "server/options.h"
+
+namespace jointkv::server {
+
+class HttpServer {
+ public:
+  HttpServer(const ServerOptions& options, std::string server_name,
+             std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request);
+  ~HttpServer();
+  HttpServer(const HttpServer&) = delete;
+  HttpServer& operator=(const HttpServer&) = delete;
+
+  Status Listen();
+  // Where: "http://127.0.0.1:8080", "https://...", "unix:/path". After Listen.
+  const std::string& address() const { return address_; }
+
+  void OnSignal(std::function<void(int signal)> callback);  // SIGINT and SIGTERM
+  void OnTick(std::function<void(double now_s)> callback);  // several times a second
+
+  void Run();   // until Stop
+  void Stop();  // on the I/O thread
+  void Post(std::function<void()> work);
+  void InBackground(std::function<void()> work);
+
+  // Closes connections as soon as their present request is answered. New ones are still taken, for one request.
+  void Drain();
+  size_t connections() const;
+
+ private:
+  struct Sockets;
+
+  Status ListenUnix();
+  Status ListenTcp();
+  Status LoadCertificate();
+  void Accept();
+  void Tick();
+
+  const ServerOptions& options_;
+  std::string server_name_;
+  std::string address_;
+  Connection::Callbacks callbacks_;
+  std::function<void(double)> on_tick_;
+  bool draining_ = false;
+  std::unique_ptr<Sockets> sockets_;
+};
+
+}  // namespace jointkv::server

@@ -1,0 +1,117 @@
+#include "server/json_fields.h"
+
+#include <cmath>
+#include <limits>
+
+namespace jointkv::server {
+namespace {
+
+// Before parsing, so that nesting costs no memory. Brackets in strings do not count.
+int DepthOf(std::string_view text) {
+  int depth = 0;
+  int deepest = 0;
+  bool quoted = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (quoted) {
+      if (c == '\\') ++i;
+      if (c == '"') quoted = false;
+    } else if (c == '"') {
+      quoted = true;
+    } else if (c == '[' || c == '{') {
+      deepest = std::max(deepest, ++depth);
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return deepest;
+}
+
+[[noreturn]] void WrongType(const std::string& field, const char* expected, const Json& value) {
+  throw ApiError{.message = field + ": expected " + expected + ", got " + value.type_name(),
+                 .param = field,
+                 .code = "invalid_type"};
+}
+
+}  // namespace
+
+Json ParseObject(std::string_view body, int depth_max) {
+  const auto bad = [](const std::string& message) { return ApiError{.message = message, .code = "invalid_json"}; };
+  if (const int depth = DepthOf(body); depth > depth_max) {
+    throw bad("the body is nested " + std::to_string(depth) + " deep, limit " + std::to_string(depth_max));
+  }
+  Json json;
+  try {
+    json = Json::parse(body);
+  } catch (const Json::exception& error) {
+    throw bad(std::string("the body is not JSON: ") + error.what());
+  }
+  if (!json.is_object()) throw bad(std::string("the body must be a JSON object, got ") + json.type_name());
+  return json;
+}
+
+const Json* Find(const Json& object, const char* key) {
+  const auto found = object.find(key);
+  return found == object.end() || found->is_null() ? nullptr : &*found;
+}
+
+const std::string& String(const Json& value, const std::string& field) {
+  if (!value.is_string()) WrongType(field, "a string", value);
+  return value.get_ref<const std::string&>();
+}
+
+int Integer(const Json& value, const std::string& field) {
+  if (!value.is_number_integer()) WrongType(field, "a whole number", value);
+  const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > std::numeric_limits<int>::max();
+  if (too_large || (!value.is_number_unsigned() && value.get<int64_t>() < std::numeric_limits<int>::min())) {
+    throw BadField(field, value.dump() + " does not fit 32 bits");
+  }
+  return value.get<int>();
+}
+
+float Number(const Json& value, const std::string& field) {
+  if (!value.is_number()) WrongType(field, "a number", value);
+  const double number = value.get<double>();
+  if (!(std::abs(number) <= std::numeric_limits<float>::max())) throw BadField(field, value.dump() + " is too large");
+  return static_cast<float>(number);
+}
+
+bool Bool(const Json& value, const std::string& field) {
+  if (!value.is_boolean()) WrongType(field, "true or false", value);
+  return value.get<bool>();
+}
+
+const Json& Array(const Json& value, const std::string& field, size_t size_max) {
+  if (!value.is_array()) WrongType(field, "an array", value);
+  if (value.size() > size_max) {
+    throw BadField(field, std::to_string(value.size()) + " entries, at most " + std::to_string(size_max));
+  }
+  return value;
+}
+
+const Json& Object(const Json& value, const std::string& field) {
+  if (!value.is_object()) WrongType(field, "an object", value);
+  return value;
+}
+
+std::vector<TokenId> Tokens(const Json& value, const std::string& field, size_t size_max) {
+  std::vector<TokenId> tokens;
+  Array(value, field, size_max);
+  tokens.reserve(value.size());
+  for (size_t i = 0; i < value.size(); ++i) tokens.push_back(Integer(value[i], At(field, i)));
+  return tokens;
+}
+
+std::string At(const std::string& field, size_t index) { return field + "[" + std::to_string(index) + "]"; }
+
+std::string StringOr(const Json& object, const char* key, const std::string& field, const std::string& fallback) {
+  const Json* value = Find(object, key);
+  return value == nullptr ? fallback : String(*value, field.empty() ? key : field + "." + key);
+}
+
+bool BoolOr(const Json& object, const char* key, bool fallback) {
+  const Json* value = Find(object, key);
+  return value == nullptr ? fallback : Bool(*value, key);
+}
+
+}  // namespace jointkv::server

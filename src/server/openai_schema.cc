@@ -1,0 +1,250 @@
+#include "server/openai_schema.h"
+
+#include <charconv>
+#include <limits>
+
+namespace jointkv::server {
+namespace {
+
+constexpr int kCompletionTokens = 16;  // OpenAI's default of /v1/completions
+constexpr size_t kListMax = 4096;      // the engine's own limits are lower and name the field
+
+// What the engine behind this server does not do. One place, so that it shrinks easily.
+void RefuseUnsupported(const Json& body, bool chat) {
+  const auto refuse = [](const char* field, const std::string& what) {
+    throw ApiError{.message = std::string(field) + ": " + what, .param = field, .code = "unsupported_value"};
+  };
+  if (const Json* format = Find(body, "response_format")) {
+    if (StringOr(Object(*format, "response_format"), "type", "response_format") != "text") {
+      refuse("response_format", "only type text is supported yet");
+    }
+  }
+  if (chat) {
+    const Json* choice = Find(body, "tool_choice");
+    const bool none = choice != nullptr && *choice == "none";
+    const Json* tools = Find(body, "tools");
+    if (tools != nullptr && !Array(*tools, "tools", kListMax).empty() && !none) {
+      refuse("tools", "tool calls are not supported yet");
+    }
+    for (const char* field : {"functions", "function_call"}) {
+      if (Find(body, field) != nullptr) refuse(field, "is superseded by tools and not supported");
+    }
+    return;
+  }
+  if (BoolOr(body, "echo", false) && Find(body, "logprobs") != nullptr) {
+    refuse("echo", "is not supported together with logprobs yet");
+  }
+  if (!StringOr(body, "suffix", "").empty()) refuse("suffix", "is not supported");
+  if (const Json* best_of = Find(body, "best_of")) {
+    const Json* n = Find(body, "n");
+    if (Integer(*best_of, "best_of") != (n == nullptr ? 1 : Integer(*n, "n"))) {
+      refuse("best_of", "is only supported equal to n");
+    }
+  }
+}
+
+// A string, or the text parts of an array of parts.
+std::string Content(const Json& value, const std::string& field) {
+  if (value.is_string()) return value.get<std::string>();
+  if (!value.is_array()) {
+    throw ApiError{.message = field + ": expected a string or an array of parts, got " + value.type_name(),
+                   .param = field,
+                   .code = "invalid_type"};
+  }
+  std::string text;
+  const Json& parts = Array(value, field, kListMax);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const std::string at = At(field, i);
+    const Json& part = Object(parts[i], at);
+    if (StringOr(part, "type", at) != "text") throw BadField(at + ".type", "only parts of type text are supported");
+    text += StringOr(part, "text", at);
+  }
+  return text;
+}
+
+text::ChatMessage Message(const Json& value, const std::string& field) {
+  Object(value, field);
+  text::ChatMessage message;
+  message.role = StringOr(value, "role", field);
+  if (message.role.empty()) throw BadField(field + ".role", "is missing");
+  if (message.role == "developer") message.role = "system";  // OpenAI's newer name
+  const Json* content = Find(value, "content");
+  const Json* calls = Find(value, "tool_calls");
+  if (content == nullptr && calls == nullptr) throw BadField(field + ".content", "is missing");
+  if (content != nullptr) message.content = Content(*content, field + ".content");
+  message.name = StringOr(value, "name", field);
+  message.tool_call_id = StringOr(value, "tool_call_id", field);
+  if (calls == nullptr) return message;
+  Array(*calls, field + ".tool_calls", kListMax);
+  for (size_t i = 0; i < calls->size(); ++i) {
+    const std::string at = At(field + ".tool_calls", i);
+    const Json* function = Find(Object((*calls)[i], at), "function");
+    if (function == nullptr) throw BadField(at + ".function", "is missing");
+    Object(*function, at + ".function");
+    message.tool_calls.push_back({StringOr((*calls)[i], "id", at), StringOr(*function, "name", at + ".function"),
+                                  StringOr(*function, "arguments", at + ".function")});
+  }
+  return message;
+}
+
+void ReadLogitBias(const Json& value, engine::SamplingParams& sampling) {
+  Object(value, "logit_bias");
+  for (const auto& [key, bias] : value.items()) {
+    TokenId token = 0;
+    const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), token);
+    if (error != std::errc() || end != key.data() + key.size()) {
+      throw BadField("logit_bias", "'" + key.substr(0, 64) + "' is not a token id");
+    }
+    sampling.logit_bias.emplace_back(token, Number(bias, "logit_bias"));
+  }
+}
+
+void ReadStop(const Json& value, engine::SamplingParams& sampling) {
+  if (value.is_string()) {
+    sampling.stop.push_back(value.get<std::string>());
+    return;
+  }
+  if (!value.is_array()) {
+    throw ApiError{.message = std::string("stop: expected a string or an array of strings, got ") + value.type_name(),
+                   .param = "stop",
+                   .code = "invalid_type"};
+  }
+  Array(value, "stop", kListMax);
+  for (size_t i = 0; i < value.size(); ++i) sampling.stop.push_back(String(value[i], At("stop", i)));
+}
+
+void ReadSampling(const Json& body, engine::SamplingParams& sampling) {
+  const auto number = [&](const char* key, float& target) {
+    if (const Json* value = Find(body, key)) target = Number(*value, key);
+  };
+  const auto integer = [&](const char* key, int& target) {
+    if (const Json* value = Find(body, key)) target = Integer(*value, key);
+  };
+  number("temperature", sampling.temperature);
+  integer("top_k", sampling.top_k);
+  if (sampling.top_k == -1) sampling.top_k = 0;  // vLLM's way to say off
+  number("top_p", sampling.top_p);
+  number("min_p", sampling.min_p);
+  number("repetition_penalty", sampling.repetition_penalty);
+  number("presence_penalty", sampling.presence_penalty);
+  number("frequency_penalty", sampling.frequency_penalty);
+  integer("min_tokens", sampling.min_tokens);
+  integer("n", sampling.n);
+  sampling.ignore_eos = BoolOr(body, "ignore_eos", false);
+  if (const Json* value = Find(body, "seed")) {
+    if (!value->is_number_integer()) {
+      throw ApiError{.message = std::string("seed: expected a whole number, got ") + value->type_name(),
+                     .param = "seed",
+                     .code = "invalid_type"};
+    }
+    sampling.seed = value->is_number_unsigned() ? value->get<uint64_t>() : static_cast<uint64_t>(value->get<int64_t>());
+  }
+  if (const Json* value = Find(body, "stop")) ReadStop(*value, sampling);
+  if (const Json* value = Find(body, "stop_token_ids"))
+    sampling.stop_tokens = Tokens(*value, "stop_token_ids", kListMax);
+  if (const Json* value = Find(body, "logit_bias")) ReadLogitBias(*value, sampling);
+}
+
+// max_completion_tokens is OpenAI's newer name.
+void ReadMaxTokens(const Json& body, GenerationCall& call) {
+  for (const char* key : {"max_tokens", "max_completion_tokens"}) {
+    const Json* value = Find(body, key);
+    if (value == nullptr) continue;
+    call.sampling.max_tokens = Integer(*value, key);
+    if (call.sampling.max_tokens < 1) throw BadField(key, std::to_string(call.sampling.max_tokens) + " is less than 1");
+    call.names_max_tokens = true;
+  }
+}
+
+bool FusionSwitch(const Json& value) {
+  if (value.is_boolean()) return value.get<bool>();
+  if (value == "on" || value == "off") return value == "on";
+  throw BadField("kv_fusion", "expected \"on\" or \"off\"");
+}
+
+GenerationCall ParseCommon(const Json& body) {
+  GenerationCall call;
+  call.model = StringOr(body, "model", "");
+  ReadSampling(body, call.sampling);
+  ReadMaxTokens(body, call);
+  call.stream = BoolOr(body, "stream", false);
+  if (const Json* options = Find(body, "stream_options")) {
+    if (!call.stream) throw BadField("stream_options", "is only allowed when stream is true");
+    const Json* usage = Find(Object(*options, "stream_options"), "include_usage");
+    call.include_usage = usage != nullptr && Bool(*usage, "stream_options.include_usage");
+  }
+  if (const Json* fusion = Find(body, "kv_fusion")) call.kv_fusion = FusionSwitch(*fusion);
+  call.reports_kv = BoolOr(body, "kv", false);
+  return call;
+}
+
+std::vector<TextOrTokens> Prompts(const Json& value, const Limits& limits) {
+  const auto wrong = [](const std::string& field, const Json& got) {
+    return ApiError{.message = field + ": expected a string, token ids, or a list of either, got " + got.type_name(),
+                    .param = "prompt",
+                    .code = "invalid_type"};
+  };
+  if (value.is_string()) return {value.get<std::string>()};
+  if (!value.is_array()) throw wrong("prompt", value);
+  if (value.empty()) throw BadField("prompt", "is empty");
+  if (value[0].is_number()) return {Tokens(value, "prompt", limits.body_bytes_max)};
+  std::vector<TextOrTokens> prompts;
+  Array(value, "prompt", static_cast<size_t>(limits.prompts_max));
+  for (size_t i = 0; i < value.size(); ++i) {
+    if (value[i].is_string()) {
+      prompts.emplace_back(value[i].get<std::string>());
+    } else if (value[i].is_array()) {
+      prompts.emplace_back(Tokens(value[i], At("prompt", i), limits.body_bytes_max));
+    } else {
+      throw wrong(At("prompt", i), value[i]);
+    }
+  }
+  return prompts;
+}
+
+}  // namespace
+
+std::vector<text::ChatMessage> Messages(const Json& body, const Limits& limits) {
+  const Json* value = Find(body, "messages");
+  if (value == nullptr) throw BadField("messages", "is missing");
+  std::vector<text::ChatMessage> messages;
+  Array(*value, "messages", static_cast<size_t>(limits.messages_max));
+  if (value->empty()) throw BadField("messages", "is empty");
+  for (size_t i = 0; i < value->size(); ++i) messages.push_back(Message((*value)[i], At("messages", i)));
+  return messages;
+}
+
+GenerationCall ParseChat(const Json& body, const Limits& limits) {
+  RefuseUnsupported(body, true);
+  GenerationCall call = ParseCommon(body);
+  call.chat = true;
+  if (!call.names_max_tokens) call.sampling.max_tokens = engine::SamplingLimits().max_tokens_max;
+  call.messages = Messages(body, limits);
+  const bool logprobs = BoolOr(body, "logprobs", false);
+  call.sampling.logprobs = logprobs ? 0 : -1;
+  if (const Json* top = Find(body, "top_logprobs")) {
+    const int count = Integer(*top, "top_logprobs");
+    if (!logprobs && count != 0) throw BadField("top_logprobs", "needs logprobs to be true");
+    if (count < 0) throw BadField("top_logprobs", std::to_string(count) + " is less than 0");
+    if (logprobs) call.sampling.logprobs = count;
+  }
+  return call;
+}
+
+GenerationCall ParseCompletion(const Json& body, const Limits& limits) {
+  RefuseUnsupported(body, false);
+  GenerationCall call = ParseCommon(body);
+  if (!call.names_max_tokens) call.sampling.max_tokens = kCompletionTokens;
+  const Json* prompt = Find(body, "prompt");
+  if (prompt == nullptr) throw BadField("prompt", "is missing");
+  call.prompts = Prompts(*prompt, limits);
+  call.echo = BoolOr(body, "echo", false);
+  if (const Json* logprobs = Find(body, "logprobs")) {
+    call.sampling.logprobs = Integer(*logprobs, "logprobs");
+    if (call.sampling.logprobs < 0)
+      throw BadField("logprobs", std::to_string(call.sampling.logprobs) + " is less than 0");
+  }
+  return call;
+}
+
+}  // namespace jointkv::server

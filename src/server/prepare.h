@@ -1,0 +1,24 @@
+// From a call to the engine's requests: chat template, tokens, and all that can be checked before the queue.
+//
+// Threads: free functions, any number of threads. Owns: nothing. Fails how: an ApiError is thrown.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "engine/request.h"
+#include "server/engine_thread.h"
+#include "server/openai_schema.h"
+
+namespace jointkv::server {
+
+// One for each prompt.
+std::vector<engine::Request> Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits);
+
+// Refused without tokenising when it is certainly longer than the context.
+std::vector<TokenId> Encode(const std::string& text, const std::string& field, const ModelInfo& model,
+                            bool add_special = true);
+std::vector<TokenId> EncodeMessages(const std::vector<text::ChatMessage>& messages, const ModelInfo& model,
+                                    bool add_generation_prompt, std::vector<std::string>* stops = nullptr);
+
+}  // namespace jointkv::server
