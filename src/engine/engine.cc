@@ -195,6 +195,13 @@ EngineStats Engine::stats() const {
   return stats;
 }
 
+std::map<DomainId, DomainStats> Engine::domain_stats() const {
+  std::map<DomainId, DomainStats> stats;
+  for (const auto& [domain, tenant] : tenants_) stats[domain].waiting = static_cast<int>(tenant.waiting.size());
+  for (const auto& sequence : running_) ++stats[sequence->request->request.domain].running;
+  return stats;
+}
+
 bool Engine::Step(std::vector<Event>& events) {
   const size_t events_before = events.size();
   DropCancelled(events);

@@ -61,6 +61,7 @@ class Engine {
   bool idle() const;
 
   EngineStats stats() const;
+  std::map<DomainId, DomainStats> domain_stats() const;
   kv::KvStats kv_stats() const { return cache_->stats(); }
   joint::FusionStats fusion_stats() const { return fusion_->stats(); }
   // Off: no block is fused from now on, and new requests take exact blocks only.

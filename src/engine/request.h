@@ -66,4 +66,10 @@ struct EngineStats {
   size_t kv_bytes_logical_peak = 0;  // the same tokens as private 16-bit K and V
 };
 
+// Of one domain, now. A request that waits counts once, one that runs once for each choice.
+struct DomainStats {
+  int running = 0;
+  int waiting = 0;
+};
+
 }  // namespace jointkv::engine

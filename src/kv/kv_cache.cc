@@ -24,7 +24,7 @@ Expected<std::unique_ptr<KvCache>> KvCache::Create(KvShape shape, BlockCutter cu
         shape.layout.head_dim % 2 == 0);
   ASSIGN_OR_RETURN(auto arena, Arena::Create(options.cap_bytes, shape.layout.granule_bytes()));
   std::unique_ptr<KvCache> cache(new KvCache(std::move(shape), std::move(cutter), options, std::move(arena)));
-  if (!cache->refs_.valid() || !cache->index_refs_.valid() || !cache->watched_.valid()) {
+  if (!cache->refs_.valid() || !cache->index_refs_.valid() || !cache->marks_.valid()) {
     return Status(StatusCode::kResourceExhausted, "kv-bytes: no memory for the reference counts");
   }
   return cache;
@@ -37,7 +37,7 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::unique
       arena_(std::move(arena)),
       refs_(arena_->total_granules()),
       index_refs_(arena_->total_granules()),
-      watched_(arena_->total_granules()),
+      marks_(arena_->total_granules()),
       index_(RandomKey()),
       widest_window_(std::ranges::max(shape_.window)) {}
 
@@ -117,9 +117,8 @@ void KvCache::Unref(BlockId block, int cap) {
   CHECK(refs_[block.index()] > 0);
   if (--refs_[block.index()] > 0) return;
   arena_->Free(block, cap / codec::kClassStep);
-  if (watched_[block.index()] == 0) return;
-  watched_[block.index()] = 0;
-  released_.push_back(block);
+  if (watched(block)) released_.push_back(block);
+  marks_[block.index()] = 0;
 }
 
 void KvCache::ReleaseRow(Sequence& s, int index) {
@@ -213,6 +212,7 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens) {
   }
   s.tokens.assign(tokens.begin(), tokens.begin() + length);
   s.committed = length;
+  s.adopted = static_cast<int>(chain.size());
   logical_tokens_ += length;
   prefix_hit_tokens_ += length;
   return length;
@@ -504,6 +504,7 @@ SequenceId KvCache::Fork(SequenceId id, int max_tokens) {
   child.tokens.assign(s.tokens.begin(), s.tokens.end());
   child.blocks.assign(s.blocks.begin(), s.blocks.end());
   child.committed = s.committed;
+  child.adopted = s.adopted;
   child.chain.assign(s.chain.begin(), s.chain.end());
   child.released = s.released;
   for (int table = 0; table < shape_.n_tables(); ++table) {
@@ -537,6 +538,7 @@ void KvCache::Redirect(SequenceId id, int table, int index, BlockId target, floa
   Sequence& s = Get(id);
   const BlockId own = Row(s, table)[index];
   CHECK(own != target);
+  marks_[target.index()] |= kRepresents;
   const int cap = s.blocks[index].cap;
   if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += shape_.layout.block_bytes(cap);
   if (index < static_cast<int>(s.chain.size())) {
@@ -578,6 +580,7 @@ bool KvCache::RedirectAll(int table, BlockId from, BlockId target, float scale) 
   std::ranges::sort(entries);
   entries.erase(std::unique(entries.begin(), entries.end()), entries.end());
   if (refs_[from.index()] != slots + static_cast<int>(entries.size()) || slots == 0) return false;
+  marks_[target.index()] |= kRepresents;
   if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += shape_.layout.block_bytes(cap);
   running_bytes_ -= shape_.layout.block_bytes(cap);
   for (const EntryId id : entries) {
@@ -611,14 +614,16 @@ BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
   std::memcpy(arena_->data(target), arena_->data(own), shape_.layout.block_bytes(cap));
   Ref(target);
   running_bytes_ += shape_.layout.block_bytes(cap);
+  const uint8_t represents = marks_[own.index()] & kRepresents;
   Redirect(id, table, index, target, options_.scales ? ScaleRow(s, table)[index] : 1);
+  marks_[target.index()] = represents;
   Unref(target, cap);
   return target;
 }
 
 void KvCache::Watch(BlockId block) {
   CHECK(refs_[block.index()] > 0);
-  watched_[block.index()] = 1;
+  marks_[block.index()] |= kWatched;
 }
 
 void KvCache::TakeReleased(std::vector<BlockId>& out) {

@@ -12,7 +12,9 @@
 // Fails how: Append returns false when there is no room, and no sequence has changed. Fork takes no room.
 #pragma once
 
+#include <array>
 #include <deque>
+#include <map>
 #include <memory>
 #include <span>
 #include <vector>
@@ -72,6 +74,28 @@ struct KvStats {
   int64_t copies_on_write = 0;
 };
 
+// What a table slot refers to.
+enum class SlotState : uint8_t {
+  kReleased,  // nothing: the block has left the layer's window
+  kPrivate,   // a block that no other sequence reads
+  kPrefix,    // a block that holds exactly this content, read by others too or adopted from the prefix index
+  kFused,     // a block that stands for others as well: something was redirected to it
+};
+
+// How the running sequences share blocks.
+struct SharingStats {
+  // Blocks by readers: 1, 2, to 4, to 8, to 16, to 32, to 64, more.
+  static constexpr int kReaderClasses = 8;
+  static int ReaderClass(int readers);
+
+  std::array<double, kReaderClasses> blocks = {};
+  double private_slots = 0;
+  double prefix_slots = 0;
+  double fused_slots = 0;
+  double unfused_bytes = 0;                 // what the running sequences would refer to, had no block been fused
+  std::map<DomainId, double> domain_bytes;  // what they do refer to
+};
+
 class KvCache {
  public:
   struct Options {
@@ -121,8 +145,8 @@ class KvCache {
   BlockId MoveDown(SequenceId sequence, int table, int index);
   // After the last owner of a watched block is gone, its id is in TakeReleased once, and may be in use again already.
   void Watch(BlockId block);
-  void Unwatch(BlockId block) { watched_[block.index()] = 0; }
-  bool watched(BlockId block) const { return watched_[block.index()] != 0; }
+  void Unwatch(BlockId block) { marks_[block.index()] &= ~kWatched; }
+  bool watched(BlockId block) const { return (marks_[block.index()] & kWatched) != 0; }
   void TakeReleased(std::vector<BlockId>& out);
 
   // Whether a new sequence of `tokens` tokens should fit beside what the running sequences refer to (everything else
@@ -145,6 +169,10 @@ class KvCache {
   int64_t serial(SequenceId sequence) const;  // of its creation: never used again
   int length(SequenceId sequence) const { return static_cast<int>(tokens(sequence).size()); }
   int sharers(BlockId block) const { return refs_[block.index()]; }
+  int readers(BlockId block) const { return refs_[block.index()] - index_refs_[block.index()]; }  // table slots
+  SlotState state(SequenceId sequence, int table, int index) const;
+  // Walks the tables of all sequences: exact where they have at most `slots_max` slots, else from every n-th table.
+  SharingStats sharing_stats(int64_t slots_max) const;
   int total_blocks() const { return arena_->total_granules(); }  // ids are below it
 
   const KvShape& shape() const { return shape_; }
@@ -192,7 +220,10 @@ class KvCache {
   std::unique_ptr<Arena> arena_;
   LazyArray<int32_t> refs_;        // by BlockId; owners: tables and index entries
   LazyArray<int32_t> index_refs_;  // of those, how many are index entries
-  LazyArray<uint8_t> watched_;     // by BlockId
+  // By BlockId. kRepresents: a slot or entry was redirected to it.
+  static constexpr uint8_t kWatched = 1;
+  static constexpr uint8_t kRepresents = 2;
+  LazyArray<uint8_t> marks_;
   std::vector<BlockId> released_;  // watched blocks without an owner since TakeReleased
   PrefixIndex index_;
   std::deque<EntryId> strippable_;  // entries with window blocks that perhaps no sequence refers to any more

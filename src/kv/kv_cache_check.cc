@@ -94,6 +94,7 @@ void KvCache::CheckIntegrity() const {
   index_.ForEach([&](EntryId id, const PrefixEntry& entry) { CHECK(entry.users == users[id.index()]); });
   for (int i = 0; i < arena_->total_granules(); ++i) {
     CHECK(recount.refs[i] == refs_[i] && recount.index_refs[i] == index_refs_[i]);
+    CHECK(refs_[i] > 0 || marks_[i] == 0);
   }
   CHECK(recount.used == arena_->used_bytes() && recount.running == running_bytes_ && tokens == logical_tokens_);
 }

@@ -715,6 +715,62 @@ TEST(KvCache, AWatchedBlocksEndIsToldOnce) {
   EXPECT_TRUE(released.empty());
 }
 
+TEST(KvCache, SlotsSayHowTheyShare) {
+  Store store({0, 0}, 32);
+  const SequenceId a = store.Run(kA, Line(1, 10) + Line(2, 8) + Tokens{1}, 0, Sharing::kLossy);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(store->state(a, 0, i), SlotState::kPrivate);
+  const SequenceId b = store.Run(kA, Line(1, 10) + Line(3, 8) + Tokens{1}, 10, Sharing::kLossy);
+  EXPECT_EQ(store->state(a, 0, 0), SlotState::kPrefix);
+  EXPECT_EQ(store->state(b, 0, 0), SlotState::kPrefix);
+  EXPECT_EQ(store->state(b, 0, 1), SlotState::kPrivate);
+  store->Redirect(b, 0, 1, store.Block(a, 0, 1));
+  EXPECT_EQ(store->state(a, 0, 1), SlotState::kFused);
+  EXPECT_EQ(store->state(b, 0, 1), SlotState::kFused);
+  EXPECT_EQ(store->state(b, 1, 1), SlotState::kPrivate);  // V has been left alone
+  EXPECT_EQ(store->readers(store.Block(a, 0, 1)), 2);
+
+  SharingStats stats = store->sharing_stats(1000);
+  EXPECT_EQ(stats.prefix_slots, 2 * 4);
+  EXPECT_EQ(stats.fused_slots, 2);
+  EXPECT_EQ(stats.private_slots, 2 * 3 * 4 - 2 * 4 - 2);
+  EXPECT_EQ(stats.blocks[0], stats.private_slots);
+  EXPECT_EQ(stats.blocks[1], 4 + 1);
+  EXPECT_EQ(stats.domain_bytes[kA], store->running_bytes());
+  EXPECT_EQ(stats.unfused_bytes, store->running_bytes() + 2 * kGranule);  // a block of 8 tokens
+
+  store.Free(a);
+  EXPECT_EQ(store->state(b, 0, 0), SlotState::kPrefix);  // adopted, though nobody else runs on it now
+  EXPECT_EQ(store->state(b, 0, 1), SlotState::kFused);
+  store.Free(b);
+  store->DropPrefixCache();
+  const SequenceId c = store.Run(kA, Line(1, 10) + Line(2, 8) + Tokens{1}, 0, Sharing::kLossy);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(store->state(c, 0, i), SlotState::kPrivate);
+}
+
+TEST(KvCache, WhatIsSharedIsCountedOncePerDomain) {
+  Store store({0, 12}, 32);
+  store.Free(store.Run(kA, FiveLines(), 0));
+  store.Run(kA, FiveLines() + Tokens{1}, 40);
+  store.Run(kA, FiveLines() + Tokens{2}, 40);
+  store.Fork(store.Run(kB, FiveLines() + Tokens{3}, 0));
+  SharingStats stats = store->sharing_stats(1000);
+  EXPECT_DOUBLE_EQ(stats.domain_bytes[kA] + stats.domain_bytes[kB], static_cast<double>(store->running_bytes()));
+  EXPECT_GT(stats.domain_bytes[kA], stats.domain_bytes[kB]);  // two open blocks, not one that forks share
+  EXPECT_DOUBLE_EQ(stats.unfused_bytes, static_cast<double>(store->running_bytes()));
+  EXPECT_EQ(stats.fused_slots, 0);
+  EXPECT_EQ(store->state(SequenceId(0), 2, 0), SlotState::kReleased);
+
+  // With fewer slots than there are, some tables stand for all.
+  stats = store->sharing_stats(1);
+  EXPECT_GT(stats.domain_bytes[kA], 0);
+}
+
+TEST(SharingStats, ReadersFallIntoPowersOfTwo) {
+  const std::vector<std::pair<int, int>> expected = {{1, 0},  {2, 1},  {3, 2},  {4, 2},  {5, 3},  {8, 3},   {9, 4},
+                                                     {16, 4}, {17, 5}, {33, 6}, {64, 6}, {65, 7}, {5000, 7}};
+  for (const auto& [readers, at] : expected) EXPECT_EQ(SharingStats::ReaderClass(readers), at) << readers;
+}
+
 TEST(KvCache, KeysCountFromTheirBlockOrFromZero) {
   for (const bool absolute : {false, true}) {
     Store store({0}, 16, true, absolute);

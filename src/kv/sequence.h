@@ -19,6 +19,7 @@ struct KvCache::Sequence {
   int table_capacity = 0;       // logical blocks
   int max_tokens = 0;           // what tables are to have room for
   int committed = 0;            // tokens whose K and V are in place
+  int adopted = 0;              // leading blocks that AdoptPrefix found
   std::vector<EntryId> chain;   // index entries of the leading sealed blocks
   std::vector<int> released;    // per layer: leading blocks that have left the window
 

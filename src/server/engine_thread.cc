@@ -168,13 +168,14 @@ void EngineThread::Count(const engine::Event& event, Open& open) {
     if (last_s > 0) metrics_.TokenEmitted(now_s - last_s);
     last_s = now_s;
   }
-  if (event.finish == engine::FinishReason::kNone || --open.choices_left > 0) return;
+  if (event.finish == engine::FinishReason::kNone) return;
+  --open.choices_left;
   metrics_.RequestFinished(event);
 }
 
 void EngineThread::UpdateMetrics() {
   metrics_updated_s_ = MonotonicSeconds();
-  metrics_.Update(engine_->stats(), engine_->kv_stats(), engine_->fusion_stats());
+  metrics_.Update(*engine_);
 }
 
 }  // namespace jointkv::server

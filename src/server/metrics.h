@@ -1,14 +1,14 @@
-// What the server counts, for Prometheus.
+// Metrics: what /metrics says. vLLM's names where it has one (`vllm:`), ours with `jointkv_`; docs/operations.md lists
+// them.
 //
-// Metrics. Threads: the engine thread updates, any thread renders. Owns: the registry. Fails how: never.
+// Threads: the engine's calls everything but Render, which any thread may call at any time. Owns: the values.
+// Fails how: never.
 #pragma once
 
 #include <memory>
 #include <string>
 
-#include "engine/request.h"
-#include "joint/policy.h"
-#include "kv/kv_cache.h"
+#include "engine/engine.h"
 
 namespace jointkv::server {
 
@@ -16,21 +16,26 @@ class Metrics {
  public:
   explicit Metrics(std::string model_name);
   ~Metrics();
-  Metrics(const Metrics&) = delete;
-  Metrics& operator=(const Metrics&) = delete;
 
-  // All choices of a request have ended; this is the last one's event.
-  void RequestFinished(const engine::Event& last_event);
-  // A token that was not its choice's first, and the time since the one before.
+  // Domains with a name have metrics of their own under the label `tenant`. Before the first Update.
+  void NameTenant(DomainId domain, const std::string& name);
+
+  // An event with a finish reason.
+  void RequestFinished(const engine::Event& finish);
+  // Seconds since the choice's token before; not for a choice's first.
   void TokenEmitted(double inter_token_s);
-  // State of the engine, at most every 100 ms.
-  void Update(const engine::EngineStats& engine, const kv::KvStats& kv, const joint::FusionStats& fusion);
+  // Takes the engine's counters over; walks its block tables at most once a second.
+  void Update(const engine::Engine& engine);
+  // Mean KL(exact || served) in nats per token of one request that ran again with exact KV.
+  void ShadowKl(double kl_nats);
 
-  std::string Render();
+  // Prometheus text format 0.0.4.
+  std::string Render() const;
 
  private:
-  struct Families;
-  std::unique_ptr<Families> families_;
+  struct Instruments;
+  std::unique_ptr<Instruments> instruments_;
+  double walked_s_ = 0;
 };
 
 }  // namespace jointkv::server

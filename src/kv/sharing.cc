@@ -1,0 +1,58 @@
+// How the running sequences share blocks, for metrics and the block map.
+#include <algorithm>
+#include <bit>
+
+#include "base/checked.h"
+#include "kv/kv_cache.h"
+#include "kv/sequence.h"
+
+namespace jointkv::kv {
+
+int SharingStats::ReaderClass(int readers) {
+  CHECK(readers > 0);
+  return std::min(kReaderClasses - 1, static_cast<int>(std::bit_width(static_cast<unsigned>(readers - 1))));
+}
+
+SlotState KvCache::state(SequenceId id, int table, int index) const {
+  Sequence& s = Get(id);
+  const BlockId block = Row(s, table)[index];
+  if (!block.valid()) return SlotState::kReleased;
+  if ((marks_[block.index()] & kRepresents) != 0) return SlotState::kFused;
+  return readers(block) > 1 || index < s.adopted ? SlotState::kPrefix : SlotState::kPrivate;
+}
+
+SharingStats KvCache::sharing_stats(int64_t slots_max) const {
+  const int n_tables = shape_.n_tables();
+  int64_t slots = 1;
+  for (const auto& s : sequences_) slots += s == nullptr ? 0 : static_cast<int64_t>(s->blocks.size()) * n_tables;
+  // Odd, or it would meet only K or only V.
+  const int stride = static_cast<int>(std::min<int64_t>(n_tables, CeilDiv(slots, slots_max))) | 1;
+  const double weight = static_cast<double>(n_tables) / static_cast<double>(CeilDiv(n_tables, stride));
+  SharingStats sharing;
+  for (size_t id = 0; id < sequences_.size(); ++id) {
+    if (sequences_[id] == nullptr) continue;
+    Sequence& s = *sequences_[id];
+    double& domain_bytes = sharing.domain_bytes[s.domain];
+    for (int table = 0; table < n_tables; table += stride) {
+      for (size_t i = 0; i < s.blocks.size(); ++i) {
+        const SlotState slot = state(SequenceId(static_cast<int32_t>(id)), table, static_cast<int>(i));
+        if (slot == SlotState::kReleased) continue;
+        // A block of n readers is met n times.
+        const int n = readers(Row(s, table)[i]);
+        const double share = weight / n;
+        const double bytes = static_cast<double>(shape_.layout.block_bytes(s.blocks[i].cap));
+        sharing.blocks[SharingStats::ReaderClass(n)] += share;
+        domain_bytes += share * bytes;
+        sharing.private_slots += slot == SlotState::kPrivate ? weight : 0;
+        sharing.prefix_slots += slot == SlotState::kPrefix ? weight : 0;
+        sharing.fused_slots += slot == SlotState::kFused ? weight : 0;
+        // Without fusion each index entry would have a block of its own, for all who use that entry.
+        const int users = i < s.chain.size() ? index_[s.chain[i]].users : 1;
+        sharing.unfused_bytes += slot == SlotState::kFused ? weight * bytes / users : share * bytes;
+      }
+    }
+  }
+  return sharing;
+}
+
+}  // namespace jointkv::kv

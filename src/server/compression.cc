@@ -1,0 +1,19 @@
+#include "server/compression.h"
+
+namespace jointkv::server {
+
+Compression CompressionOf(const kv::KvCache& cache, const kv::SharingStats& sharing) {
+  Compression compression;
+  const auto logical = static_cast<double>(cache.logical_bytes());
+  const auto physical = static_cast<double>(cache.running_bytes());
+  double counted = 0;  // of physical; less where the walk met a part of the tables only
+  for (const auto& [domain, bytes] : sharing.domain_bytes) counted += bytes;
+  if (logical == 0 || physical == 0 || counted == 0) return compression;
+  compression.total = logical / physical;
+  compression.codec = 2.0 / static_cast<double>(codec::ElementBytes(cache.shape().layout.codec));
+  compression.fusion = sharing.unfused_bytes / counted;
+  compression.exact_sharing = compression.total / compression.fusion / compression.codec;
+  return compression;
+}
+
+}  // namespace jointkv::server
