@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "engine/block_map.h"
 #include "engine/kept_share.h"
 #include "engine/request.h"
 #include "gguf/gguf_file.h"
@@ -62,6 +63,8 @@ class Engine {
 
   EngineStats stats() const;
   std::map<DomainId, DomainStats> domain_stats() const;
+  // Which blocks the running sequences hold, of one domain or of all, as far as `limits` go.
+  BlockMap block_map(const BlockMapLimits& limits, std::optional<DomainId> domain = {}) const;
   kv::KvStats kv_stats() const { return cache_->stats(); }
   joint::FusionStats fusion_stats() const { return fusion_->stats(); }
   // Off: no block is fused from now on, and new requests take exact blocks only.

@@ -265,10 +265,13 @@ FusionStats Fusion::stats() const {
 void Fusion::CheckIntegrity() const {
   cosine_.CheckIntegrity();
   const double limit = std::sqrt(static_cast<double>(options_.budget)) * (1 + 1e-6);
+  int64_t listed = 0;
   representatives_.ForEach([&](BlockId block, const Representative& record) {
+    ++listed;
     CHECK(record.weight == 1 || record.bound <= limit);
     CHECK(!cache_.watched(block) || cache_.sharers(block) > 0);
   });
+  CHECK(listed == representatives_.size());
 }
 
 }  // namespace jointkv::joint

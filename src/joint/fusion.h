@@ -51,7 +51,7 @@ class Fusion {
   bool enabled() const { return enabled_ && options_.policy != Policy::kOff; }
 
   FusionStats stats() const;
-  // Those of them that only grow: no walk over the table.
+  // Those of them that only grow: no look at each group.
   const FusionStats& counters() const { return stats_; }
   // The mean energy of a token in this table, which distortion is relative to; 0 before anything was sealed.
   double energy(int table) const { return statistics_.energy(table); }

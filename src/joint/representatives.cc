@@ -1,6 +1,7 @@
 #include "joint/representatives.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "base/check.h"
 #include "base/hash.h"
@@ -8,7 +9,7 @@
 namespace jointkv::joint {
 
 Representatives::Representatives(int n_tables, int total_blocks, uint64_t key)
-    : n_tables_(n_tables), key_(key), records_(total_blocks) {
+    : n_tables_(n_tables), key_(key), records_(total_blocks), sizes_(n_tables) {
   CHECK(records_.valid());
 }
 
@@ -43,6 +44,7 @@ void Representatives::Add(GroupId id, int table, BlockId block, float bound) {
   Group& group = groups_[id.index()];
   records_[block.index()] = {id, group.first[table], bound, 1, table};
   group.first[table] = block;
+  ++sizes_[table];
 }
 
 BlockId& Representatives::LinkTo(BlockId block) {
@@ -58,8 +60,10 @@ void Representatives::Rename(BlockId from, BlockId to) {
 }
 
 void Representatives::Remove(BlockId block) {
-  const GroupId id = records_[block.index()].group;
-  LinkTo(block) = records_[block.index()].next;
+  const Representative& record = records_[block.index()];
+  const GroupId id = record.group;
+  LinkTo(block) = record.next;
+  --sizes_[record.table];
   Settle(id);
 }
 
@@ -80,11 +84,7 @@ void Representatives::Settle(GroupId id) {
   free_.push_back(id);
 }
 
-int64_t Representatives::size() const {
-  int64_t size = 0;
-  ForEach([&](BlockId, const Representative&) { ++size; });
-  return size;
-}
+int64_t Representatives::size() const { return std::accumulate(sizes_.begin(), sizes_.end(), int64_t{0}); }
 
 size_t Representatives::metadata_bytes() const {
   size_t bytes = static_cast<size_t>(size()) * sizeof(Representative) + buckets_.size() * 4 * sizeof(uint64_t);

@@ -82,6 +82,7 @@ class Representatives {
   std::vector<GroupId> free_;
   std::unordered_map<uint64_t, GroupId> buckets_;
   LazyArray<Representative> records_;  // by BlockId
+  std::vector<int64_t> sizes_;         // by table: representatives
 };
 
 }  // namespace jointkv::joint
