@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "server/openai_schema.h"
+#include "server/page.h"
 #include "server/prepare.h"
 #include "text/detokenizer.h"
 
@@ -76,6 +77,7 @@ Api::Api(ApiOptions options, Executor executor, EngineThread& engine, Tenants& t
       metrics_(metrics),
       log_(log),
       generations_(engine, tenants),
+      views_(engine, executor_.on_io_thread),
       started_s_(static_cast<int64_t>(std::time(nullptr))),
       random_(std::random_device()()) {}
 
@@ -87,6 +89,10 @@ const std::vector<Api::Route>& Api::Routes() {
       {"GET", "/ready", Access::kPublic, &Api::Ready},
       {"GET", "/version", Access::kPublic, &Api::Version},
       {"GET", "/metrics", Access::kAdmin, &Api::RenderMetrics},
+      {"GET", "/", Access::kPublic, &Api::Page},
+      {"GET", "/page/*", Access::kPublic, &Api::Page},
+      {"GET", "/jointkv/status", Access::kAdmin, &Api::Status},
+      {"GET", "/jointkv/blocks", Access::kTenant, &Api::Blocks},
       {"GET", "/v1/models", Access::kTenant, &Api::Models},
       {"GET", "/v1/models/*", Access::kTenant, &Api::Model},
       {"POST", "/v1/chat/completions", Access::kTenant, &Api::Chat},
@@ -196,6 +202,40 @@ void Api::Version(Context& context) { context.exchange.Reply(Dump({{"version", o
 void Api::RenderMetrics(Context& context) {
   context.exchange.Reply(
       {.status = 200, .content_type = "text/plain; version=0.0.4; charset=utf-8", .body = metrics_.Render()});
+}
+
+void Api::Page(Context& context) {
+  context.exchange.line().quiet = true;
+  const auto files = PageFiles();
+  const auto file = std::ranges::find(files, std::string_view(context.request.path), &PageFile::path);
+  if (file == files.end()) {
+    throw ApiError{.status = 404,
+                   .message = "there is no " + context.request.path.substr(0, 200) + " here",
+                   .code = "unknown_url"};
+  }
+  context.exchange.Reply({.status = 200,
+                          .content_type = std::string(file->content_type),
+                          .headers = {{"Content-Security-Policy", std::string(kPageSecurityPolicy)},
+                                      {"X-Content-Type-Options", "nosniff"},
+                                      {"Referrer-Policy", "no-referrer"},
+                                      {"Cache-Control", "no-cache"}},
+                          .body = std::string(file->bytes)});
+}
+
+void Api::Status(Context& context) {
+  CheckReady();
+  context.exchange.line().quiet = true;
+  const auto exchange = std::make_shared<Exchange>(context.exchange);
+  views_.Status([exchange](const std::string& json) { exchange->Reply(json); });
+}
+
+void Api::Blocks(Context& context) {
+  CheckReady();
+  context.exchange.line().quiet = true;
+  const auto exchange = std::make_shared<Exchange>(context.exchange);
+  std::optional<DomainId> domain;
+  if (!context.caller.admin) domain = context.caller.tenant->domain;
+  views_.Blocks(domain, [exchange](const std::string& json) { exchange->Reply(json); });
 }
 
 std::string Api::ModelJson() const {

@@ -17,6 +17,7 @@
 #include "server/limits.h"
 #include "server/metrics.h"
 #include "server/tenants.h"
+#include "server/views.h"
 
 namespace jointkv::server {
 
@@ -73,6 +74,9 @@ class Api {
   void Ready(Context& context);
   void Version(Context& context);
   void RenderMetrics(Context& context);
+  void Page(Context& context);
+  void Status(Context& context);
+  void Blocks(Context& context);
   void Models(Context& context);
   void Model(Context& context);
   void Chat(Context& context) { Generate(context, true); }
@@ -93,6 +97,7 @@ class Api {
   Metrics& metrics_;
   RequestLog& log_;
   Generations generations_;
+  Views views_;
   State state_ = State::kLoading;
   int in_background_ = 0;
   int64_t started_s_;  // Unix time

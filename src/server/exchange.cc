@@ -39,7 +39,7 @@ void Exchange::Gone() { Log(499); }
 void Exchange::Log(int status) {
   line_.status = status;
   line_.duration_s = MonotonicSeconds() - received_s_;
-  log_->Write(line_);
+  if (!line_.quiet || status >= 400) log_->Write(line_);
 }
 
 }  // namespace jointkv::server

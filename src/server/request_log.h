@@ -15,6 +15,7 @@ namespace jointkv::server {
 enum class LogFormat { kText, kJson };
 
 struct RequestLine {
+  bool quiet = false;  // logged only where it fails
   std::string id;
   std::string tenant;  // empty: not known
   std::string method;

@@ -48,6 +48,7 @@ class Server {
              engine_, tenants_, metrics_, log_) {}
 
   Status Run() {
+    for (const Tenant& tenant : tenants_.tenants()) metrics_.NameTenant(tenant.domain, tenant.name);
     RETURN_IF_ERROR(http_.Listen());
     log_.Info("listening on " + http_.address() + ", loading the model");
     http_.OnSignal([this](int signal) { OnSignal(signal); });
@@ -70,7 +71,8 @@ class Server {
     const std::string& warning = engine_.model().chat_template->warning();
     if (!warning.empty()) log_.Info(warning);
     api_.OnReady();
-    log_.Info("ready: API " + http_.address() + "/v1, metrics " + http_.address() + "/metrics");
+    log_.Info("ready: page " + http_.address() + "/, API " + http_.address() + "/v1, metrics " + http_.address() +
+              "/metrics");
   }
 
   void OnSignal(int signal) {
