@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 
-TIMEOUT_S = 120
+TIMEOUT_S = float(os.environ.get("JOINTKV_TEST_TIMEOUT_S", 120))
 
 
 def find_chromium():
@@ -92,14 +92,17 @@ class Browser:
 class Tab:
     def __init__(self, browser):
         self.browser = browser
-        context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        self.context = browser.call("Target.createBrowserContext")["browserContextId"]
+        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self.context)["targetId"]
         self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ["Page", "Runtime", "Log", "Network"]:
             self.call(f"{domain}.enable")
 
     def call(self, method, **parameters):
         return self.browser.call(method, session=self.session, **parameters)
+
+    def close(self):
+        self.browser.call("Target.disposeBrowserContext", browserContextId=self.context)
 
     def show_as(self, width=1440, height=900, dark=False, phone=False):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1,
@@ -118,13 +121,12 @@ class Tab:
         return result["result"].get("value")
 
     def wait(self, expression, timeout_s=TIMEOUT_S):
-        """Until the expression is true; returns its value."""
+        """Until the expression is true."""
         end = time.monotonic() + timeout_s
-        while not (value := self.run(expression)):
+        while not self.run(f"Boolean({expression})"):
             if time.monotonic() > end:
                 raise TimeoutError(f"never true: {expression}")
             time.sleep(0.05)
-        return value
 
     def text(self, selector):
         return self.run(f"document.querySelector({json.dumps(selector)}).innerText")

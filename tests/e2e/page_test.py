@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.error
 import urllib.request
 
 from browser import Browser, Tab, find_chromium
@@ -74,6 +75,7 @@ class PageTest(unittest.TestCase):
 
     def open(self, **look):
         tab = Tab(self.browser)
+        self.addCleanup(tab.close)
         tab.show_as(**look)
         tab.go(self.server.url)
         tab.wait("document.getElementById('connection').textContent === 'Ready'")
@@ -84,11 +86,15 @@ class PageTest(unittest.TestCase):
         tab.run(f"""(() => {{ const field = document.getElementById({json.dumps(field)});
             field.value = {json.dumps(value)}; field.dispatchEvent(new Event('input', {{bubbles: true}})); }})()""")
 
-    def wait_for_idle(self):
-        end = time.monotonic() + 30
-        while self.server.status()["running"] + self.server.status()["waiting"] > 0:
-            self.assertLess(time.monotonic(), end, "requests still run")
+    def wait_for(self, condition, what):
+        """Until it holds for the server's status, which is made anew twice a second."""
+        end = time.monotonic() + 60
+        while not condition(self.server.status()):
+            self.assertLess(time.monotonic(), end, what)
             time.sleep(0.1)
+
+    def wait_for_idle(self):
+        self.wait_for(lambda status: status["running"] + status["waiting"] == 0, "requests still run")
 
     def assert_no_complaints(self, tab):
         self.assertEqual(tab.complaints(), [])
@@ -140,7 +146,7 @@ class PageTest(unittest.TestCase):
         tab.type(STORY)
         tab.press("Enter")
         tab.wait("document.querySelector('.message.assistant .text')?.textContent.length > 20")
-        self.assertGreater(self.server.status()["running"], 0)
+        self.wait_for(lambda status: status["running"] > 0, "the request does not run")
         tab.click("#stop")
         tab.wait("document.querySelector('.facts')?.textContent === 'Stopped.'")
         self.wait_for_idle()
@@ -209,7 +215,7 @@ class PageTest(unittest.TestCase):
         phone.click("#view-memory")
         wide.click("#demo")
         for tab in (wide, dark, phone):
-            tab.wait("/[1-9]\\d* % fused/.test(document.getElementById('map').textContent)")
+            tab.wait("/[1-9]\\d % fused/.test(document.getElementById('map').textContent)")
         wide.screenshot(OUT / "light.png")
         dark.screenshot(OUT / "dark.png")
         phone.screenshot(OUT / "phone-memory.png")
@@ -260,6 +266,7 @@ class PageTest(unittest.TestCase):
             server = Server("--api-keys", str(keys))
             self.addCleanup(server.stop)
             tab = Tab(self.browser)
+            self.addCleanup(tab.close)
             tab.show_as()
             tab.go(server.url)
             tab.wait("document.getElementById('connection').textContent === 'Key needed'")

@@ -63,7 +63,7 @@ class Picture {
     const room = this.section.clientWidth - 26;
     if (room <= 0 || starts.length === 0) return;
     const layerHeight = rows.length > 40 ? 4 : rows.length > 20 ? 6 : 8;
-    const width = Math.max(2, Math.min(14, Math.floor(room / starts.length)));
+    const width = Math.max(2, Math.min(18, Math.floor(room / starts.length)));
     const scale = devicePixelRatio || 1;
     this.cell = { width, height: layerHeight };
     const cssWidth = width * starts.length;
@@ -166,7 +166,7 @@ export class BlockMap {
         const name = `Request ${request.id}` + (several.has(request.id) ? `, choice ${request.choice}` : '');
         const picture = new Picture(name);
         this.pictures.set(id, picture);
-        this.root.append(picture.section);
+        this.root.prepend(picture.section);
       }
       this.pictures.get(id).update(request);
     }

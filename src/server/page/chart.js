@@ -14,18 +14,20 @@ function svg(tag, attributes) {
   return node;
 }
 
-// The least of 1, 2, 5 and their tens that is not below.
-function roundUp(value) {
-  const power = 10 ** Math.floor(Math.log10(value));
+// The least of 1, 2, 5 and their tens, times a power of `base`, that is not below.
+function roundUp(value, base) {
+  const unit = base ** Math.max(0, Math.floor(Math.log(value) / Math.log(base)));
+  const power = 10 ** Math.floor(Math.log10(value / unit)) * unit;
   return [1, 2, 5, 10].map((x) => x * power).find((x) => x >= value * 0.999);
 }
 
 export class Chart {
-  // `format` names values of the axis, which starts at `floor`.
-  constructor(root, format, floor) {
+  // `format` names values of the axis, which starts at `floor`; its units are powers of `base`.
+  constructor(root, format, floor, base) {
     this.root = root;
     this.format = format;
     this.floor = floor;
+    this.base = base;
     this.points = [];
     this.draw();
   }
@@ -46,7 +48,7 @@ export class Chart {
     const width = this.root.clientWidth || WIDTH;
     this.root.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);
     const numbers = this.points.flatMap(({ values }) => Object.values(values)).filter((value) => value !== null);
-    const span = roundUp(Math.max(...numbers, this.floor + 0.001) - this.floor);
+    const span = roundUp(Math.max(...numbers, this.floor + 0.001) - this.floor, this.base);
     const end = this.points.at(-1)?.time ?? 0;
     const x = (time) => LEFT + (width - LEFT) * (1 - (end - time) / SECONDS);
     const y = (value) => HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - this.floor) / span;

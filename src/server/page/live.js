@@ -25,8 +25,8 @@ export class Live {
     this.map = map;
     this.before = null;
     this.timer = 0;
-    this.compression = new Chart(byId('chart-compression'), (y) => `${y.toFixed(1)}×`, 1);
-    this.memory = new Chart(byId('chart-memory'), (y) => bytes(y).join(' '), 0);
+    this.compression = new Chart(byId('chart-compression'), (y) => `${y.toFixed(1)}×`, 1, 10);
+    this.memory = new Chart(byId('chart-memory'), (y) => bytes(y).join(' '), 0, 1024);
     document.addEventListener('visibilitychange', () => this.poll());
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.map.draw());
     addEventListener('resize', () => this.map.draw());
@@ -39,12 +39,16 @@ export class Live {
     let again = EVERY_MS;
     try {
       const key = this.key();
-      const [status, blocks] = await Promise.all([getJson('/jointkv/status', key), getJson('/jointkv/blocks', key)]);
-      this.show(status);
-      this.map.update(blocks);
+      // A tenant's key may see its own blocks where it may not see the figures, which are everybody's.
+      const [status, blocks] =
+        await Promise.allSettled([getJson('/jointkv/status', key), getJson('/jointkv/blocks', key)]);
+      if (blocks.status === 'rejected') throw blocks.reason;
+      this.map.update(blocks.value);
+      if (status.status === 'rejected') throw status.reason;
+      this.show(status.value);
       this.problem('', 'ready', 'Ready');
     } catch (error) {
-      again = EVERY_MS_LOST;
+      again = error.status === 403 ? EVERY_MS : EVERY_MS_LOST;
       this.fail(error);
     }
     this.busy = false;
@@ -54,6 +58,7 @@ export class Live {
   fail(error) {
     this.before = null;
     if (!(error instanceof ApiError)) return this.problem(explain(error), 'lost', 'No connection');
+    if (error.status === 403) return this.problem('These figures are for keys of administrators.', 'ready', 'Ready');
     if (error.status === 503) return this.problem('', 'waiting', 'Not ready');
     if (error.status === 401) return this.problem('These figures need an API key. Enter one under Settings.', 'waiting', 'Key needed');
     return this.problem(explain(error), 'waiting', 'No figures');
