@@ -2,12 +2,15 @@
 
 #include <atomic>
 #include <cmath>
+#include <fstream>
 #include <map>
 #include <regex>
+#include <set>
 #include <sstream>
 #include <thread>
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include "engine/test_engine.h"
 
@@ -284,6 +287,28 @@ TEST(Metrics, CountersOnlyGrow) {
     EXPECT_EQ(text.Value("jointkv_kv_bytes{kind=\"running\"}"), 0);
   }
   EXPECT_EQ(before["vllm:prompt_tokens_total"], 180);
+}
+
+TEST(Metrics, TheDashboardAsksForWhatThereIs) {
+  std::ifstream file(JOINTKV_DASHBOARD);
+  const auto dashboard = nlohmann::json::parse(file);
+  Metrics metrics(kModel);
+  metrics.NameTenant(DomainId(0), "red");
+  const Exposition text(metrics.Render());
+  std::set<std::string> known;
+  for (const auto& [key, value] : text.samples()) known.insert(key.substr(0, key.find('{')));
+  const std::regex name("(vllm:|jointkv_)[a-z0-9_]+");
+  std::set<std::string> asked;
+  for (const auto& panel : dashboard["panels"]) {
+    for (const auto& target : panel.value("targets", nlohmann::json::array())) {
+      const std::string expression = target["expr"];
+      for (std::sregex_iterator at(expression.begin(), expression.end(), name), end; at != end; ++at) {
+        EXPECT_TRUE(known.contains(at->str())) << panel["title"] << " asks for " << at->str();
+        asked.insert(at->str());
+      }
+    }
+  }
+  EXPECT_GT(asked.size(), 30u);
 }
 
 TEST(Metrics, CanBeRenderedWhileTheyChange) {

@@ -56,7 +56,7 @@ export class Chart {
       const at = y(this.floor + share * span);
       return svg('line', { class: 'grid', x1: LEFT, x2: width, y1: at, y2: at });
     });
-    if (numbers.length > 0) {
+    if (Math.max(...numbers) > this.floor) {
       const label = svg('text', { x: LEFT, y: TOP - 4 });
       label.textContent = this.format(this.floor + span);
       nodes.push(label);

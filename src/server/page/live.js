@@ -90,6 +90,7 @@ export class Live {
     }
     const runs = kv.logical_bytes > 0;
     put('compression', runs ? factor(compression.total) : '–');
+    put('compression-unit', runs ? '×' : '');
     put('factors', this.factorsOf(status, runs));
     if (!this.before || status.time_s > this.before.time_s) this.plot(status, runs);
     this.before = status;
