@@ -12,9 +12,9 @@ help: ## list the targets
 setup: ## install, fetch and build all that is needed; steps already done are skipped
 	@tools/setup
 
-serve: ## chat with the model on the terminal
+serve: ## start the HTTP server with the default model on 127.0.0.1:8080
 	@tools/setup --program
-	@build/jointkv chat
+	@build/jointkv serve
 
 test: setup ## build and run the tests
 	@ctest --preset release

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cli/commands.h"
@@ -26,7 +28,10 @@ int Main(int argc, char** argv) {
   AddEval(app, run);
   AddAnalyze(app, run);
   try {
-    app.parse(argc, argv);
+    std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
+    ExpandServeConfig(arguments);
+    std::ranges::reverse(arguments);  // as the library wants it
+    app.parse(std::move(arguments));
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // help or version, on stdout
     const std::vector<std::string> unknown =

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <functional>
+#include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
@@ -17,6 +19,9 @@ void AddBench(CLI::App& app, Command& run);
 void AddDemo(CLI::App& app, Command& run);
 void AddEval(CLI::App& app, Command& run);
 void AddAnalyze(CLI::App& app, Command& run);
+
+// Adds the options that --config of `serve` names to the arguments, behind the command's name.
+void ExpandServeConfig(std::vector<std::string>& arguments);
 
 // Version, build, CPU targets and dependencies, one a line.
 std::string VersionText();

@@ -1,7 +1,9 @@
-#include <algorithm>
 #include <cctype>
+#include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "base/bytes.h"
 #include "cli/commands.h"
@@ -13,6 +15,7 @@ namespace jointkv::cli {
 namespace {
 
 struct ServeFlags {
+  std::string config;  // already read, by ExpandServeConfig
   engine::EngineOptions engine;
   server::ServerOptions server;
 };
@@ -74,18 +77,49 @@ void AddLimitFlags(CLI::App& app, server::Limits& limits) {
   seconds("--ping-s", limits.ping_s, "a stream that is quiet for so long gets a comment");
 }
 
-// JOINTKV_SERVE_KV_BYTES for --kv-bytes.
+// JOINTKV_SERVE_KV_BYTES for kv-bytes.
+std::string EnvironmentName(const std::string& option) {
+  std::string name = "JOINTKV_SERVE_" + option;
+  for (char& c : name) c = c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  return name;
+}
+
 void AddEnvironment(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
     if (option->get_lnames().empty() || option->get_lnames().front() == "help") continue;
-    std::string name = "JOINTKV_SERVE_" + option->get_lnames().front();
-    std::ranges::transform(name, name.begin(),
-                           [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
-    option->envname(name);
+    option->envname(EnvironmentName(option->get_lnames().front()));
   }
 }
 
+// The value of --NAME VALUE or --NAME=VALUE.
+std::optional<std::string> FindOption(const std::vector<std::string>& arguments, const std::string& name) {
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i] == "--" + name) return i + 1 < arguments.size() ? arguments[i + 1] : "";
+    if (arguments[i].starts_with("--" + name + "=")) return arguments[i].substr(name.size() + 3);
+  }
+  return std::nullopt;
+}
+
 }  // namespace
+
+// CLI11 reads files for the whole program only, not for one of its commands.
+void ExpandServeConfig(std::vector<std::string>& arguments) {
+  if (arguments.empty() || arguments.front() != "serve") return;
+  std::optional<std::string> path = FindOption(arguments, "config");
+  if (!path) {
+    const char* environment = std::getenv("JOINTKV_SERVE_CONFIG");
+    if (environment == nullptr || *environment == 0) return;
+    path = environment;
+  }
+  std::vector<std::string> from_file;
+  for (const CLI::ConfigItem& item : CLI::ConfigBase().from_file(*path)) {
+    if (!item.parents.empty()) throw CLI::ConfigError("--config " + *path + ": sections are not supported");
+    const bool given = FindOption(arguments, item.name) || std::getenv(EnvironmentName(item.name).c_str()) != nullptr;
+    if (given) continue;
+    for (const std::string& value : item.inputs) from_file.push_back("--" + item.name + "=" + value);
+  }
+  arguments.insert(arguments.begin() + 1, from_file.begin(), from_file.end());
+}
 
 void AddServe(CLI::App& app, Command& run) {
   const auto flags = std::make_shared<ServeFlags>();
@@ -112,7 +146,8 @@ void AddServe(CLI::App& app, Command& run) {
       ->default_str("text");
   AddLimitFlags(*command, flags->server.limits);
   AddEngineFlags(*command, flags->engine);
-  command->set_config("--config", "", "options as NAME = VALUE lines; the command line and the environment come first")
+  command
+      ->add_option("--config", flags->config, "options as NAME = VALUE lines; command line and environment come first")
       ->type_name("FILE");
   AddEnvironment(*command);
   command->callback([&run, flags] { run = [flags] { return Serve(*flags); }; });

@@ -1,5 +1,8 @@
 #include "server/api_error.h"
 
+#include <algorithm>
+#include <string_view>
+#include <tuple>
 #include <utility>
 
 #include <nlohmann/json.hpp>
@@ -7,11 +10,18 @@
 namespace jointkv::server {
 namespace {
 
-// SamplingParams' names where the API's differ.
-std::string ApiName(const std::string& field) {
-  if (field == "stop_tokens") return "stop_token_ids";
-  if (field == "logprobs") return "top_logprobs";
-  return field;
+// "sampling: stop_tokens token is 9, must be ..." as "stop_token_ids: token is 9, must be ...": the field comes first,
+// by the API's name.
+std::pair<std::string, std::string> FieldAndMessage(std::string message) {
+  constexpr std::string_view kSampling = "sampling: ";
+  constexpr std::string_view kLength = "length in bytes of ";
+  if (!message.starts_with(kSampling)) return {message.substr(0, message.find(':')), message};
+  message.erase(0, kSampling.size());
+  if (message.starts_with(kLength)) return {"stop", "stop: " + message};
+  const size_t end = message.find(' ');
+  std::string field = message.substr(0, end);
+  if (field == "stop_tokens") field = "stop_token_ids";
+  return {field, field + ":" + message.substr(std::min(end, message.size()))};
 }
 
 bool IsName(const std::string& word) {
@@ -46,10 +56,9 @@ ApiError FromEngine(const Status& status) {
     case StatusCode::kOutOfRange: error.code = "invalid_value"; break;
     default: error = {.status = 500, .message = message, .type = "server_error"}; return error;
   }
-  // "temperature: ...", "logit_bias of token 5: ...", "length in bytes of stop[0]: ..."
-  std::string field = message.substr(0, message.find_first_of(": "));
-  if (message.starts_with("length in bytes of ")) field = "stop";
-  if (IsName(field)) error.param = ApiName(field);
+  std::string field;
+  std::tie(field, error.message) = FieldAndMessage(message);
+  if (IsName(field) && field != "request") error.param = field;
   return error;
 }
 

@@ -24,7 +24,7 @@ ApiError ContextExceeded(const std::string& field, const std::string& what);
 ApiError Unavailable(const std::string& code, const std::string& message);
 // 429, to be tried again.
 ApiError RateLimited(const std::string& message);
-// What the engine refused: the field is the word before the message's colon, by its name in the API.
+// What the engine refused, with the field by its name in the API.
 ApiError FromEngine(const Status& status);
 
 // {"error": {"message", "type", "param", "code"}}

@@ -225,7 +225,10 @@ GenerationCall ParseChat(const Json& body, const Limits& limits) {
   if (const Json* top = Find(body, "top_logprobs")) {
     const int count = Integer(*top, "top_logprobs");
     if (!logprobs && count != 0) throw BadField("top_logprobs", "needs logprobs to be true");
-    if (count < 0) throw BadField("top_logprobs", std::to_string(count) + " is less than 0");
+    const int most = engine::SamplingLimits().logprobs_max;
+    if (count < 0 || count > most) {
+      throw BadField("top_logprobs", std::to_string(count) + " is not from 0 to " + std::to_string(most));
+    }
     if (logprobs) call.sampling.logprobs = count;
   }
   return call;

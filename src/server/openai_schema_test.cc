@@ -203,11 +203,27 @@ TEST(JsonFields, BodiesAreBounded) {
 }
 
 TEST(ApiError, EngineRefusalsNameTheApisField) {
-  const auto param = [](const char* message) { return FromEngine(Status(StatusCode::kOutOfRange, message)).param; };
-  EXPECT_EQ(param("temperature: 200 is not from 0 to 100"), "temperature");
-  EXPECT_EQ(param("stop_tokens token: 9 is not"), "stop_token_ids");
-  EXPECT_EQ(param("length in bytes of stop[0]: 900"), "stop");
-  EXPECT_EQ(param("logit_bias of token 5: 200"), "logit_bias");
+  engine::SamplingParams bad;
+  const auto param = [&bad] {
+    const ApiError error = FromEngine(Validate(bad, 1000));
+    EXPECT_TRUE(error.message.starts_with(error.param + ": ")) << error.message;
+    EXPECT_EQ(error.status, 400);
+    bad = {};
+    return error.param;
+  };
+  bad.temperature = -1;
+  EXPECT_EQ(param(), "temperature");
+  bad.stop_tokens = {5000};
+  EXPECT_EQ(param(), "stop_token_ids");
+  bad.stop = {std::string(1000, 'x')};
+  EXPECT_EQ(param(), "stop");
+  bad.stop.assign(100, "x");
+  EXPECT_EQ(param(), "stop");
+  bad.logit_bias = {{5, 200.0F}};
+  EXPECT_EQ(param(), "logit_bias");
+  bad.min_tokens = -1;
+  EXPECT_EQ(param(), "min_tokens");
+  EXPECT_EQ(FromEngine(Status(StatusCode::kOutOfRange, "prompt: token 5 is not")).param, "prompt");
   EXPECT_EQ(FromEngine(Status(StatusCode::kResourceExhausted, "request: too long")).code, "context_length_exceeded");
   EXPECT_EQ(FromEngine(Status(StatusCode::kInternal, "x")).status, 500);
 }

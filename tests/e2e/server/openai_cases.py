@@ -1,0 +1,145 @@
+"""The API through the real `openai` client."""
+
+import unittest
+
+import openai
+
+from support import Server
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three colours."}]
+
+
+class OpenAi(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server("--served-model-name", "test-model", "--deterministic")
+        cls.client = openai.OpenAI(base_url=cls.server.address + "/v1", api_key="none", max_retries=0)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.client.close()
+        assert cls.server.stop() == 0, "\n".join(cls.server.lines[-20:])
+
+    def chat(self, **fields):
+        return self.client.chat.completions.create(
+            **{"model": "test-model", "messages": MESSAGES, "max_tokens": 8, **fields})
+
+    def complete(self, **fields):
+        return self.client.completions.create(
+            **{"model": "test-model", "prompt": "The capital of France is", "max_tokens": 8, **fields})
+
+    def test_models(self):
+        model, = self.client.models.list().data
+        self.assertEqual(model.id, "test-model")
+        self.assertEqual(self.client.models.retrieve("test-model").object, "model")
+        with self.assertRaises(openai.NotFoundError):
+            self.client.models.retrieve("another")
+
+    def test_chat(self):
+        answer = self.chat(temperature=0)
+        choice, = answer.choices
+        self.assertEqual(choice.message.role, "assistant")
+        self.assertTrue(choice.message.content)
+        self.assertIn(choice.finish_reason, ("stop", "length"))
+        self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens)
+        self.assertTrue(answer.id.startswith("chatcmpl-"))
+        self.assertEqual(answer.object, "chat.completion")
+
+    def test_chat_stream(self):
+        whole = self.chat(temperature=0).choices[0].message.content
+        stream = list(self.chat(temperature=0, stream=True, stream_options={"include_usage": True}))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        self.assertEqual(text, whole)
+        self.assertIsNotNone(stream[-1].usage)
+
+    def test_parts_and_roles(self):
+        answer = self.chat(messages=[{"role": "developer", "content": "Be brief."},
+                                     {"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+        self.assertTrue(answer.usage.prompt_tokens > 3)
+
+    def test_choices(self):
+        answer = self.chat(n=3, temperature=1, seed=5)
+        self.assertEqual([choice.index for choice in answer.choices], [0, 1, 2])
+        again = self.chat(n=3, temperature=1, seed=5)
+        self.assertEqual(len(again.choices), 3)
+
+    def test_limits_of_length(self):
+        answer = self.chat(max_tokens=openai.NOT_GIVEN, max_completion_tokens=3, extra_body={"ignore_eos": True})
+        self.assertEqual(answer.usage.completion_tokens, 3)
+        self.assertEqual(answer.choices[0].finish_reason, "length")
+        answer = self.complete(max_tokens=openai.NOT_GIVEN, extra_body={"ignore_eos": True})
+        self.assertEqual(answer.usage.completion_tokens, 16)
+        answer = self.complete(extra_body={"min_tokens": 8})
+        self.assertEqual(answer.usage.completion_tokens, 8)
+
+    def test_stops(self):
+        whole = self.complete(temperature=0, extra_body={"ignore_eos": True}).choices[0].text
+        stop = whole.strip()[2:4]
+        answer = self.complete(temperature=0, stop=stop, extra_body={"ignore_eos": True})
+        self.assertEqual(answer.choices[0].finish_reason, "stop")
+        self.assertNotIn(stop, answer.choices[0].text)
+        self.assertTrue(whole.startswith(answer.choices[0].text))
+        logprobs = self.complete(temperature=0, logprobs=0, max_tokens=1).choices[0].logprobs
+        self.assertEqual(len(logprobs.tokens), 1)
+
+    def test_stop_tokens_and_bias(self):
+        token = 300
+        answer = self.complete(temperature=0, logit_bias={str(token): 100})
+        again = self.complete(temperature=0, logit_bias={str(token): 100}, extra_body={"stop_token_ids": [token]})
+        self.assertGreaterEqual(answer.usage.completion_tokens, again.usage.completion_tokens)
+
+    def test_chat_logprobs(self):
+        content = self.chat(logprobs=True, top_logprobs=3, temperature=0).choices[0].logprobs.content
+        self.assertTrue(content)
+        for entry in content:
+            self.assertEqual(len(entry.top_logprobs), 3)
+            self.assertLessEqual(entry.logprob, 0)
+            self.assertEqual(entry.top_logprobs[0].token, entry.token)
+            self.assertTrue(entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob)
+            self.assertEqual(bytes(entry.bytes).decode(errors="replace"), entry.token)
+
+    def test_completion_logprobs(self):
+        choice, = self.complete(logprobs=2, temperature=0, extra_body={"ignore_eos": True}).choices
+        logprobs = choice.logprobs
+        self.assertEqual(len(logprobs.tokens), 8)
+        self.assertEqual(len(logprobs.token_logprobs), 8)
+        self.assertEqual(logprobs.text_offset[0], 0)
+        self.assertTrue(all(len(top) in (2, 3) for top in logprobs.top_logprobs))
+        self.assertEqual("".join(logprobs.tokens)[:len(choice.text)], choice.text)
+
+    def test_prompts_of_every_shape(self):
+        for prompt, prompts in [("Hi", 1), (["Hi", "Bye"], 2), ([5, 6, 7], 1), ([[5, 6], [7, 8, 9]], 2)]:
+            with self.subTest(prompt=prompt):
+                answer = self.complete(prompt=prompt, n=2)
+                self.assertEqual([choice.index for choice in answer.choices], list(range(2 * prompts)))
+
+    def test_equal_prompts_are_cached(self):
+        prompt = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 20
+        self.complete(prompt=prompt)
+        self.assertGreater(self.complete(prompt=prompt).usage.prompt_tokens_details.cached_tokens, 100)
+
+    def test_greedy_is_greedy(self):
+        texts = {self.complete(temperature=0, seed=seed).choices[0].text for seed in (1, 2, 3)}
+        self.assertEqual(len(texts), 1)
+
+    def test_fusion_per_request(self):
+        for fusion in ("on", "off"):
+            answer = self.complete(extra_body={"kv_fusion": fusion, "kv": True})
+            self.assertIn("compression", answer.kv)
+
+    def test_errors_are_the_clients_own(self):
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.chat(temperature=-1)
+        self.assertEqual(caught.exception.param, "temperature")
+        with self.assertRaises(openai.NotFoundError) as caught:
+            self.chat(model="gpt-9")
+        self.assertEqual(caught.exception.code, "model_not_found")
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.complete(prompt=[5] * 20000)
+        self.assertEqual(caught.exception.code, "context_length_exceeded")
+
+    def test_leaving_a_stream_early(self):
+        stream = self.complete(stream=True, max_tokens=2000, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+        self.server.wait_until(lambda: self.server.use()["running"] == 0, "the stream's request to end")
