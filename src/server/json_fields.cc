@@ -1,7 +1,9 @@
 #include "server/json_fields.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace jointkv::server {
 namespace {
@@ -62,10 +64,9 @@ const std::string& String(const Json& value, const std::string& field) {
 
 int Integer(const Json& value, const std::string& field) {
   if (!value.is_number_integer()) WrongType(field, "a whole number", value);
-  const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > std::numeric_limits<int>::max();
-  if (too_large || (!value.is_number_unsigned() && value.get<int64_t>() < std::numeric_limits<int>::min())) {
-    throw BadField(field, value.dump() + " does not fit 32 bits");
-  }
+  const bool fits =
+      value.is_number_unsigned() ? std::in_range<int>(value.get<uint64_t>()) : std::in_range<int>(value.get<int64_t>());
+  if (!fits) throw BadField(field, value.dump() + " does not fit 32 bits");
   return value.get<int>();
 }
 
