@@ -86,6 +86,11 @@ class PageTest(unittest.TestCase):
         tab.run(f"""(() => {{ const field = document.getElementById({json.dumps(field)});
             field.value = {json.dumps(value)}; field.dispatchEvent(new Event('input', {{bubbles: true}})); }})()""")
 
+    def ask(self, tab, text):
+        tab.click("#prompt")
+        tab.type(text)
+        tab.press("Enter")
+
     def wait_for(self, condition, what):
         """Until it holds for the server's status, which is made anew twice a second."""
         end = time.monotonic() + 60
@@ -117,8 +122,7 @@ class PageTest(unittest.TestCase):
             const text = document.querySelector('.message.assistant .text');
             if (text) window.lengths.add(text.textContent.length); })
             .observe(document.getElementById('log'), {subtree: true, childList: true})""")
-        tab.type(STORY)  # the field has the focus
-        tab.press("Enter")
+        self.ask(tab, STORY)
         tab.wait("document.querySelector('#map .request canvas')?.width > 0")
         first = tab.text("#map .request h3")
         tab.wait("document.querySelector('.message.assistant .facts')")
@@ -131,8 +135,7 @@ class PageTest(unittest.TestCase):
         self.assertGreater(tab.run("document.querySelectorAll('#chart-memory polyline').length"), 0)
 
         # The next turn sends the first along, from the cache.
-        tab.type("Shorter, please.")
-        tab.press("Enter")
+        self.ask(tab, "Shorter, please.")
         tab.wait("document.querySelectorAll('.message.assistant .facts').length === 2")
         self.assertIn("from the cache", tab.run("document.querySelectorAll('.facts')[1].textContent"))
         tab.click("#clear")
@@ -143,8 +146,7 @@ class PageTest(unittest.TestCase):
         tab = self.open()
         self.set(tab, "max_tokens", 4000)
         self.set(tab, "temperature", 1.5)
-        tab.type(STORY)
-        tab.press("Enter")
+        self.ask(tab, STORY)
         tab.wait("document.querySelector('.message.assistant .text')?.textContent.length > 20")
         self.wait_for(lambda status: status["running"] > 0, "the request does not run")
         tab.click("#stop")
@@ -159,8 +161,7 @@ class PageTest(unittest.TestCase):
         tab = self.open()
         self.set(tab, "max_tokens", 8)
         markup = "<img src=x onerror=alert(1)><b>bold</b>"
-        tab.type(markup)
-        tab.press("Enter")
+        self.ask(tab, markup)
         tab.wait("document.querySelector('.message.assistant .facts')")
         self.assertEqual(tab.text(".message.user .text"), markup)
         self.assertEqual(tab.run("document.querySelectorAll('#log img, #log b').length"), 0)
@@ -170,8 +171,7 @@ class PageTest(unittest.TestCase):
         tab.run("""window.realFetch = window.fetch; window.fetch = (path, options) =>
             path.includes('chat') ? Promise.reject(new TypeError('Failed to fetch')) : realFetch(path, options)""")
         self.set(tab, "max_tokens", 8)
-        tab.type("Hello")
-        tab.press("Enter")
+        self.ask(tab, "Hello")
         tab.wait("document.querySelector('#log .notice')")
         self.assertIn("cannot be reached", tab.text("#log .notice"))
         tab.run("window.fetch = window.realFetch")
@@ -180,16 +180,14 @@ class PageTest(unittest.TestCase):
         self.assertEqual(tab.run("document.querySelectorAll('#log .notice').length"), 0)
         self.assertEqual(tab.run("document.querySelectorAll('.message.user').length"), 1)
 
-        tab.type("word " * 9000)
-        tab.press("Enter")
+        self.ask(tab, "word " * 9000)
         tab.wait("document.querySelector('#log .notice')")
         self.assertRegex(tab.text("#log .notice"), r"\d+ tokens")  # the server's own words
 
     def test_settings_are_checked_and_kept(self):
         tab = self.open()
         self.set(tab, "temperature", 7)
-        tab.type("Hello")
-        tab.press("Enter")
+        self.ask(tab, "Hello")
         self.assertTrue(tab.run("document.getElementById('settings').open"))
         self.assertEqual(tab.run("document.querySelectorAll('.message').length"), 0)
         self.set(tab, "temperature", 0)
@@ -210,8 +208,7 @@ class PageTest(unittest.TestCase):
                             dark.run("getComputedStyle(document.body).backgroundColor"))
         for tab in (wide, dark, phone):
             self.set(tab, "max_tokens", 400)
-            tab.type(STORY)
-            tab.press("Enter")
+            self.ask(tab, STORY)
         phone.click("#view-memory")
         wide.click("#demo")
         for tab in (wide, dark, phone):
@@ -237,8 +234,7 @@ class PageTest(unittest.TestCase):
     def test_the_keyboard_reaches_everything(self):
         tab = self.open()
         self.set(tab, "max_tokens", 120)
-        tab.type(STORY)
-        tab.press("Enter")
+        self.ask(tab, STORY)
         tab.wait("document.querySelector('#map canvas')")
         tab.wait("document.querySelector('#map .request.ended')")
         reached = []
@@ -271,8 +267,7 @@ class PageTest(unittest.TestCase):
             tab.go(server.url)
             tab.wait("document.getElementById('connection').textContent === 'Key needed'")
             self.assertIn("API key", tab.text("#live-problem"))
-            tab.type("Hello")
-            tab.press("Enter")
+            self.ask(tab, "Hello")
             tab.wait("document.querySelector('#log .notice')")
             self.assertEqual(tab.run("document.activeElement.id"), "api_key")
             tab.screenshot(OUT / "key-needed.png")

@@ -40,4 +40,4 @@ new Demo(byId('demo'), () => model, settings.apiKey, (text) => {
 for (const name of ['chat', 'memory']) byId(`view-${name}`).addEventListener('click', () => show(name));
 askForModel();
 live.poll();
-if (matchMedia('(hover: hover)').matches) byId('prompt').focus();  // a phone would raise its keyboard
+if (!matchMedia('(pointer: coarse)').matches) byId('prompt').focus();  // a phone would raise its keyboard
