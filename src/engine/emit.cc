@@ -5,6 +5,15 @@
 #include "engine/engine_state.h"
 
 namespace jointkv::engine {
+namespace {
+
+Status WhyNoToken(const std::optional<text::GrammarState>& grammar) {
+  if (!grammar || !grammar->constrains()) return {StatusCode::kInternal, "request: the model gave no finite logit"};
+  RETURN_IF_ERROR(grammar->status());
+  return {StatusCode::kInvalidArgument, "grammar: no token of the vocabulary goes on from here, or none is left to it"};
+}
+
+}  // namespace
 
 void Engine::SampleRows(std::vector<Event>& events) {
   const int n_vocab = model_->n_vocab();
@@ -41,6 +50,7 @@ void Engine::ForkChoices(Sequence& first) {
     sequence->computed = first.computed;
     sequence->decodes = true;
     sequence->sampler = first.sampler->Fork(choice);
+    sequence->grammar = first.grammar;
     sequence->forked = true;
     sequence->kv = cache_->Fork(first.kv, longest);
     running_.push_back(std::move(sequence));
@@ -54,12 +64,12 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   Event event;
   event.request = request.id;
   event.choice = sequence.choice;
-  TokenId token = sequence.sampler->Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr);
+  TokenId token = sequence.sampler->Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr,
+                                           sequence.grammar ? &*sequence.grammar : nullptr);
   const auto& forced = request.request.forced;
   if (static_cast<size_t>(sequence.output_tokens) < forced.size()) token = forced[sequence.output_tokens];
   if (token == Sampler::kNoToken) {
-    EndSequence(sequence, FinishReason::kError,
-                Status(StatusCode::kInternal, "request: the model gave no finite logit"), events);
+    EndSequence(sequence, FinishReason::kError, WhyNoToken(sequence.grammar), events);
     return;
   }
   const double now_s = MonotonicSeconds();
@@ -71,19 +81,40 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   ++stats_.output_tokens;
   tenants_[request.request.domain].served_tokens += 1;
 
-  const bool ends = (!sampling.ignore_eos && tokenizer_->IsEndOfGeneration(token)) ||
-                    std::ranges::find(sampling.stop_tokens, token) != sampling.stop_tokens.end();
-  if (!ends) {
-    piece_.clear();
-    sequence.detokenizer.Append(token, piece_);
-    event.text = sequence.stops.Feed(piece_);
-  }
-  if (ends || sequence.stops.stopped()) {
+  const bool ends = EndsWith(sequence, token);
+  if (!ends) AppendText(sequence, token, event);
+  if (sequence.grammar && !sequence.grammar->status().ok()) {
+    event.error = sequence.grammar->status();
+    FinishSequence(sequence, FinishReason::kError, event);
+  } else if (ends || sequence.stops.stopped() || (sequence.grammar && sequence.grammar->finished())) {
     FinishSequence(sequence, FinishReason::kStop, event);
   } else if (sequence.output_tokens >= sampling.max_tokens) {
     FinishSequence(sequence, FinishReason::kLength, event);
   }
   events.push_back(std::move(event));
+}
+
+// Also moves the sequence on in its grammar.
+bool Engine::EndsWith(Sequence& sequence, TokenId token) const {
+  const SamplingParams& sampling = sequence.request->request.sampling;
+  const bool end_of_text = tokenizer_->IsEndOfGeneration(token);
+  bool ends = end_of_text && !sampling.ignore_eos;
+  if (sequence.grammar) {
+    ends = ends || (end_of_text && sequence.grammar->constrains());
+    sequence.grammar->Accept(token);
+  }
+  return ends || std::ranges::find(sampling.stop_tokens, token) != sampling.stop_tokens.end();
+}
+
+void Engine::AppendText(Sequence& sequence, TokenId token, Event& event) {
+  const auto& visible = sequence.request->request.visible_tokens;
+  piece_.clear();
+  if (std::ranges::find(visible, token) != visible.end()) {
+    sequence.detokenizer.AppendBytes(tokenizer_->Piece(token), piece_);
+  } else {
+    sequence.detokenizer.Append(token, piece_);
+  }
+  event.text = sequence.stops.Feed(piece_);
 }
 
 // Ends a choice: the text that was held back, the counts, and its blocks.

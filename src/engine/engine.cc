@@ -129,9 +129,9 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   return engine;
 }
 
-Expected<RequestId> Engine::Submit(Request request) {
+Status Engine::CheckRequest(const Request& request) const {
   RETURN_IF_ERROR(Validate(request.sampling, model_->n_vocab(), options_.sampling_limits));
-  if (request.prompt.empty()) return Status(StatusCode::kInvalidArgument, "prompt: is empty");
+  if (request.prompt.empty()) return {StatusCode::kInvalidArgument, "prompt: is empty"};
   const auto check = [&](const char* name, const std::vector<TokenId>& tokens) {
     for (const TokenId token : tokens) {
       if (token >= 0 && token < model_->n_vocab()) continue;
@@ -142,15 +142,24 @@ Expected<RequestId> Engine::Submit(Request request) {
   };
   RETURN_IF_ERROR(check("prompt", request.prompt));
   RETURN_IF_ERROR(check("forced", request.forced));
+  if (request.grammar != nullptr && !request.forced.empty()) {
+    return {StatusCode::kInvalidArgument, "forced: cannot be combined with a grammar"};
+  }
   const int prompt_tokens = static_cast<int>(request.prompt.size());
   if (prompt_tokens >= max_context_) {
-    return Status(StatusCode::kOutOfRange, "prompt: " + std::to_string(prompt_tokens) +
-                                               " tokens leave no room in a context of " + std::to_string(max_context_));
+    return {StatusCode::kOutOfRange, "prompt: " + std::to_string(prompt_tokens) +
+                                         " tokens leave no room in a context of " + std::to_string(max_context_)};
   }
   if (request.sampling.n > options_.max_running) {
-    return Status(StatusCode::kOutOfRange, "n: " + std::to_string(request.sampling.n) + " is more than max-running " +
-                                               std::to_string(options_.max_running));
+    return {StatusCode::kOutOfRange, "n: " + std::to_string(request.sampling.n) + " is more than max-running " +
+                                         std::to_string(options_.max_running)};
   }
+  return Status::Ok();
+}
+
+Expected<RequestId> Engine::Submit(Request request) {
+  RETURN_IF_ERROR(CheckRequest(request));
+  const int prompt_tokens = static_cast<int>(request.prompt.size());
   request.sampling.max_tokens = std::min(request.sampling.max_tokens, max_context_ - prompt_tokens);
   const int longest = prompt_tokens + request.sampling.max_tokens;
   const size_t capacity = cache_->stats().capacity_bytes;
@@ -169,6 +178,7 @@ Expected<RequestId> Engine::Submit(Request request) {
   state->open_choices = state->request.sampling.n;
   auto sequence = std::make_unique<Sequence>(state.get(), 0, *tokenizer_, std::move(stops));
   sequence->tokens = state->request.prompt;
+  if (state->request.grammar != nullptr) sequence->grammar.emplace(state->request.grammar);
   sequence->forked = state->request.sampling.n == 1;
   model_->EnsurePositions(longest + 1);
   const RequestId id = state->id;

@@ -105,6 +105,9 @@ class Engine {
   void SampleRows(std::vector<Event>& events);
   void ForkChoices(Sequence& first);
   void SampleOne(Sequence& sequence, std::span<float> logits, std::vector<Event>& events);
+  Status CheckRequest(const Request& request) const;
+  bool EndsWith(Sequence& sequence, TokenId token) const;
+  void AppendText(Sequence& sequence, TokenId token, Event& event);
   void FinishSequence(Sequence& sequence, FinishReason reason, Event& event);
   void EndSequence(Sequence& sequence, FinishReason reason, const Status& error, std::vector<Event>& events);
   void RemoveFinished();

@@ -33,6 +33,7 @@ struct Engine::Sequence {
   int computed = 0;             // tokens whose K and V are in the store
   int output_tokens = 0;
   std::optional<Sampler> sampler;  // from the first admission on: its counts are as large as the vocabulary
+  std::optional<text::GrammarState> grammar;
   text::StreamDetokenizer detokenizer;
   StopStringMatcher stops;
   kv::SealedRange unfused;  // blocks of its prompt that fusion has not been offered yet

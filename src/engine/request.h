@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "base/ids.h"
 #include "base/status.h"
 #include "engine/sampling.h"
+#include "text/grammar.h"
 
 namespace jointkv::engine {
 
@@ -20,6 +22,10 @@ struct Request {
   DomainId domain{0};           // tenant: nothing is shared with another, and admission takes turns among them
   bool kv_fusion = true;        // false: exact blocks only, and its own are never fused
   std::vector<TokenId> forced;  // evaluations: the first output tokens, whatever the logits say
+  // Constrains the output of all choices, which share it with nothing else. None: free text. Once it is complete a
+  // choice ends with kStop, also before min_tokens and with ignore_eos.
+  std::shared_ptr<text::Grammar> grammar;
+  std::vector<TokenId> visible_tokens;  // control tokens that give their text in events, where others give none
 };
 
 enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };

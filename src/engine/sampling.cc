@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/checked.h"
 #include "base/hash.h"
+#include "text/grammar.h"
 
 namespace jointkv::engine {
 namespace {
@@ -452,7 +453,8 @@ TokenId Sampler::Draw(std::span<const float> logits, SamplingScratch& scratch) c
   return TokenAt(scratch, n_vocab_, Uniform(stream_, n_output_) * total);
 }
 
-TokenId Sampler::Sample(std::span<float> logits, SamplingScratch& scratch, SampledLogprobs* out) const {
+TokenId Sampler::Sample(std::span<float> logits, SamplingScratch& scratch, SampledLogprobs* out,
+                        const text::GrammarState* grammar) const {
   CHECK(static_cast<int>(logits.size()) == n_vocab_ && scratch.weights.size() == logits.size());
   const bool wanted = out != nullptr && params_.logprobs >= 0;
   double norm = 0;
@@ -460,8 +462,14 @@ TokenId Sampler::Sample(std::span<float> logits, SamplingScratch& scratch, Sampl
     norm = RawLogprobs(logits, params_.logprobs, scratch, *out);
     std::copy(logits.begin(), logits.end(), scratch.raw_logits.begin());
   }
+  const bool constrained = grammar != nullptr && grammar->constrains();
+  if (constrained && !greedy()) grammar->Mask(logits);
   ApplyPenalties(logits);
-  const TokenId token = greedy() ? ArgMax(logits) : Draw(logits, scratch);
+  TokenId token = greedy() ? ArgMax(logits) : Draw(logits, scratch);
+  if (constrained && greedy() && token != kNoToken && !grammar->Allows(token)) {
+    grammar->Mask(logits);
+    token = ArgMax(logits);
+  }
   if (wanted) {
     out->chosen = token == kNoToken ? -kInf : static_cast<float>(std::min(scratch.raw_logits[token], FLT_MAX) - norm);
   }

@@ -12,6 +12,10 @@
 #include "base/ids.h"
 #include "base/status.h"
 
+namespace jointkv::text {
+class GrammarState;
+}
+
 namespace jointkv::engine {
 
 // Names, ranges and order of effect as in vLLM and the OpenAI API.
@@ -99,8 +103,11 @@ class Sampler {
   void ObservePrompt(std::span<const TokenId> tokens);
   void ObserveOutput(TokenId token);
 
-  // `logits` (n_vocab) are modified in place. `out` may be null; it is filled when params.logprobs >= 0.
-  TokenId Sample(std::span<float> logits, SamplingScratch& scratch, SampledLogprobs* out = nullptr) const;
+  // `logits` (n_vocab) are modified in place. `out` may be null; it is filled when params.logprobs >= 0. With a grammar
+  // the tokens that it forbids are gone before penalties and filters see the rest; for greedy sampling only when the
+  // token without it is forbidden, which comes to the same.
+  TokenId Sample(std::span<float> logits, SamplingScratch& scratch, SampledLogprobs* out = nullptr,
+                 const text::GrammarState* grammar = nullptr) const;
 
   bool greedy() const;
   int output_tokens() const { return n_output_; }

@@ -45,7 +45,10 @@ TEST_P(SoakTest, EveryChoiceEndsAndNothingLeaks) {
       if (draw(4) == 0) params.stop_tokens = {draw(kTestVocab), draw(kTestVocab)};
       if (draw(4) == 0) params.logprobs = draw(5);
       if (draw(3) == 0) params.top_p = 0.9f;
-      Request request{prompt, params, DomainId(draw(3)), true, {}};
+      Request request;
+      request.prompt = prompt;
+      request.sampling = params;
+      request.domain = DomainId(draw(3));
       const auto id = driver.engine().Submit(request);
       if (id.ok()) {
         submitted.push_back({*id, params.n});

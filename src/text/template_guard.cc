@@ -22,7 +22,6 @@ namespace {
 constexpr size_t kTemplateBytesMax = size_t{256} << 10;  // the longest published templates have about 30 KB
 constexpr size_t kTagBytesMax = 16384;                   // one {{ }} or {% %}: the parser recurses inside it
 constexpr size_t kNestingMax = 100;
-constexpr size_t kJsonDepthMax = 64;
 constexpr auto kChildTimeMax = std::chrono::seconds(5);
 constexpr rlim_t kChildMemoryBytes = rlim_t{1} << 30;  // beyond what this process has mapped
 
@@ -160,11 +159,11 @@ Status CheckTemplateShape(std::string_view source) {
   return Status::Ok();
 }
 
-Status CheckJsonDepth(std::string_view json, std::string_view what) {
+Status CheckJsonDepth(std::string_view json, std::string_view what, size_t limit) {
   const size_t depth = BracketDepth(json, false);
-  if (depth <= kJsonDepthMax) return Status::Ok();
+  if (depth <= limit) return Status::Ok();
   return {StatusCode::kOutOfRange,
-          std::string(what) + " is nested " + std::to_string(depth) + " deep, limit " + std::to_string(kJsonDepthMax)};
+          std::string(what) + " is nested " + std::to_string(depth) + " deep, limit " + std::to_string(limit)};
 }
 
 Status TryInChild(const std::function<void()>& work) {

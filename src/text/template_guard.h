@@ -3,6 +3,7 @@
 // Threads: free functions, any number of threads. Owns: nothing. Fails how: a Status that says what was exceeded.
 #pragma once
 
+#include <cstddef>
 #include <functional>
 #include <string_view>
 
@@ -29,7 +30,8 @@ inline constexpr bool kLimitsChildMemory = true;
 Status CheckTemplateShape(std::string_view source);
 
 // Nesting of a JSON text, before it is parsed.
-Status CheckJsonDepth(std::string_view json, std::string_view what);
+inline constexpr size_t kJsonDepthMax = 64;
+Status CheckJsonDepth(std::string_view json, std::string_view what, size_t limit = kJsonDepthMax);
 
 // Runs `work` in a child process under limits of time and memory first: fails when the child crashed or ran out of
 // either. What `work` returns or throws is not of interest. Where the system allows no child, answers Ok.

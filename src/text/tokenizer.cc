@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "text/detokenizer.h"
+#include "text/token_trie.h"
 #include "text/vocabulary.h"
 
 namespace jointkv::text {
@@ -158,6 +159,11 @@ Expected<std::vector<TokenId>> Tokenizer::Encode(std::string_view text, bool add
 } catch (const std::exception& error) {
   return Status(StatusCode::kInternal,
                 std::string("tokenizer: the vocabulary cannot encode this text: ") + error.what());
+}
+
+const TokenTrie& Tokenizer::trie() const {
+  std::call_once(trie_once_, [this] { trie_ = std::make_unique<TokenTrie>(*this); });
+  return *trie_;
 }
 
 const std::string& Tokenizer::Piece(TokenId id) const {

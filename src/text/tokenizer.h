@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -16,6 +17,8 @@
 #include "base/status.h"
 
 namespace jointkv::text {
+
+class TokenTrie;
 
 class Tokenizer {
  public:
@@ -40,6 +43,10 @@ class Tokenizer {
   bool IsSpecial(TokenId id) const { return HasFlag(id, kControl | kMarkup | kUnknown); }
   bool IsControl(TokenId id) const { return HasFlag(id, kControl); }
   bool IsEndOfGeneration(TokenId id) const { return HasFlag(id, kEndOfGeneration); }
+  // Ordinary text, that does not end the output: neither control nor unknown tokens, nor empty ones.
+  bool GivesText(TokenId id) const {
+    return IsValid(id) && !HasFlag(id, kControl | kUnknown | kEndOfGeneration) && !Piece(id).empty();
+  }
   // The piece ends with '\n'. Together with IsMarkup: where a KV block may end early.
   bool EndsLine(TokenId id) const { return HasFlag(id, kEndsLine); }
   // Chat markup: control tokens, and user-defined ones of the form <|...|> or <start_of_turn>, <end_of_turn>.
@@ -49,6 +56,9 @@ class Tokenizer {
   std::optional<TokenId> eos() const { return eos_; }
   bool adds_bos() const { return adds_bos_; }
   bool adds_eos() const { return adds_eos_; }
+
+  // Of all tokens that give text; made at the first call.
+  const TokenTrie& trie() const;
 
  private:
   friend class ChatTemplate;
@@ -73,6 +83,8 @@ class Tokenizer {
   std::optional<TokenId> eos_;
   bool adds_bos_ = false;
   bool adds_eos_ = false;
+  mutable std::once_flag trie_once_;
+  mutable std::unique_ptr<TokenTrie> trie_;
 };
 
 }  // namespace jointkv::text
