@@ -3,6 +3,9 @@
 // ChatTemplate. Threads: const calls from any number of threads. Owns: the parsed template; the Tokenizer must outlive
 // it. Fails how: a template that does not parse, or fails on a simple conversation, is replaced by ChatML and says so
 // in warning(); Render returns a Status when the template rejects the messages. Invalid UTF-8 becomes U+FFFD.
+//
+// How a model writes tool calls and thoughts, llama.cpp's `common` reads from its template; Render hands out a grammar
+// that holds the model to it, and what ChatOutputParser (chat_output.h) needs to read it back.
 #pragma once
 
 #include <memory>
@@ -12,7 +15,11 @@
 
 #include "base/ids.h"
 #include "base/status.h"
+#include "text/grammar.h"
 #include "text/tokenizer.h"
+
+struct common_chat_params;
+struct common_chat_templates_inputs;
 
 namespace jointkv::text {
 
@@ -36,16 +43,31 @@ struct Tool {
   std::string parameters_json;  // a JSON schema; empty: no parameters
 };
 
+enum class ToolChoice {
+  kAuto,      // text, calls or both, as the model likes
+  kNone,      // the model sees the tools, its output is text
+  kRequired,  // at least one call
+};
+
 struct ChatOptions {
   bool add_generation_prompt = true;
-  bool enable_thinking = true;
+  bool enable_thinking = true;  // where the template has a switch for it
   bool parallel_tool_calls = false;
+  ToolChoice tool_choice = ToolChoice::kAuto;
+  std::string tool_name = {};    // only this one may be called, and must be; it is the only one that the model sees
+  std::string json_schema = {};  // the answer (after thoughts, where the template has them) is JSON of this schema
 };
+
+struct ChatFormat;  // how to read the output; private to this room
 
 struct ChatPrompt {
   std::string text;
-  bool has_bos = false;            // text begins with the beginning-of-sequence token: Encode must not add another
-  std::vector<std::string> stops;  // further stop strings that this template implies
+  bool has_bos = false;                 // text begins with the beginning-of-sequence token: Encode must not add another
+  std::vector<std::string> stops;       // further stop strings that this template implies
+  GrammarSpec grammar;                  // for Grammar::Compile, unless empty()
+  std::vector<TokenId> visible_tokens;  // for engine::Request: markup that the parser has to see
+  // For ChatOutputParser; none: all output is content.
+  std::shared_ptr<const ChatFormat> format;
 };
 
 class ChatTemplate {
@@ -65,6 +87,8 @@ class ChatTemplate {
                                             const ChatOptions& options = {}) const;
   Expected<std::vector<TokenId>> EncodePrompt(const ChatPrompt& prompt) const;
 
+  // The template separates thoughts from the answer; its output comes with a format.
+  bool thinks() const { return thinks_; }
   const std::string& source() const { return source_; }
   bool is_fallback() const { return is_fallback_; }
   // Why the fallback is in use; empty otherwise.
@@ -74,12 +98,15 @@ class ChatTemplate {
   struct Parsed;  // the library's objects
 
   ChatTemplate(const Tokenizer& tokenizer, std::unique_ptr<Parsed> parsed);
+  Status AddFormat(const common_chat_params& params, const common_chat_templates_inputs& inputs, ChatPrompt& out) const;
+  std::vector<TokenId> TokensOf(const std::vector<std::string>& marks) const;
 
   const Tokenizer* tokenizer_;
   std::unique_ptr<Parsed> parsed_;
   std::string source_;
   std::string warning_;
   bool is_fallback_ = false;
+  bool thinks_ = false;
 };
 
 }  // namespace jointkv::text

@@ -25,6 +25,36 @@ std::string Quote(std::string_view text) {
   return "'" + SanitizeUtf8(text.substr(0, kQuotedBytesMax)) + (text.size() > kQuotedBytesMax ? "...'" : "'");
 }
 
+// What the converter replaces by any string; empty: nothing of the kind.
+std::string WhyInexpressible(const std::string& pattern) {
+  if (pattern.size() < 2 || pattern.front() != '^' || pattern.back() != '$') return "must begin with ^ and end with $";
+  for (size_t i = 1; i + 1 < pattern.size(); ++i) {
+    const char c = pattern[i];
+    const char next = pattern[i + 1];
+    if (c == '\\') {
+      const bool letter = std::isalnum(static_cast<unsigned char>(next)) != 0;
+      if (letter && std::string_view("xuUtrn").find(next) == std::string_view::npos) {
+        return std::string("the escape \\") + next + " is not supported";
+      }
+      ++i;
+    } else if (c == '^' && pattern[i - 1] != '[') {
+      return "an anchor inside";
+    } else if (c == '(' && next == '?' && pattern.compare(i, 3, "(?:") != 0) {
+      return "groups with options are not supported";
+    }
+  }
+  return {};
+}
+
+void DropInexpressible(Json& node) {
+  if (node.is_object() && node.contains("pattern") && node.at("pattern").is_string() &&
+      !WhyInexpressible(node.at("pattern").get<std::string>()).empty()) {
+    node.erase("pattern");
+  }
+  if (!node.is_object() && !node.is_array()) return;
+  for (Json& child : node) DropInexpressible(child);
+}
+
 // Walks a parsed schema once, as a tree of JSON, and its references as a graph.
 class Checker {
  public:
@@ -123,30 +153,12 @@ class Checker {
     optional_work_ += optional * optional * optional;
   }
 
-  // What the converter cannot express it replaces by any string.
   void CheckPattern(const std::string& pattern) {
     Limit("patterns", ++patterns_, limits_.patterns_max);
     Limit("bytes of a pattern", static_cast<int64_t>(pattern.size()), static_cast<int64_t>(limits_.pattern_bytes_max));
-    const auto unsupported = [&](const std::string& why) {
+    const std::string why = WhyInexpressible(pattern);
+    if (!why.empty()) {
       Fail({StatusCode::kUnsupported, std::string(what_) + ": pattern " + Quote(pattern) + ": " + why});
-    };
-    if (pattern.size() < 2 || pattern.front() != '^' || pattern.back() != '$') {
-      return unsupported("must begin with ^ and end with $");
-    }
-    for (size_t i = 1; i + 1 < pattern.size(); ++i) {
-      const char c = pattern[i];
-      const char next = pattern[i + 1];
-      if (c == '\\') {
-        if (std::isalnum(static_cast<unsigned char>(next)) != 0 &&
-            std::string_view("xuUtrn").find(next) == std::string_view::npos) {
-          return unsupported(std::string("the escape \\") + next + " is not supported");
-        }
-        ++i;
-      } else if (c == '^' && pattern[i - 1] != '[') {
-        return unsupported("an anchor inside");
-      } else if (c == '(' && next == '?' && pattern.compare(i, 3, "(?:") != 0) {
-        return unsupported("groups with options are not supported");
-      }
     }
   }
 
@@ -219,7 +231,8 @@ class Checker {
   std::set<std::string> in_progress_;
 };
 
-Expected<Json> ParseSchema(std::string_view schema, std::string_view what, const SchemaLimits& limits) {
+Expected<Json> ParseSchema(std::string_view schema, std::string_view what, bool drops_inexpressible) {
+  const SchemaLimits limits;
   if (schema.size() > limits.bytes_max) {
     return Status(StatusCode::kOutOfRange, std::string(what) + ": " + std::to_string(schema.size()) +
                                                " bytes of schema, limit " + std::to_string(limits.bytes_max));
@@ -227,20 +240,22 @@ Expected<Json> ParseSchema(std::string_view schema, std::string_view what, const
   RETURN_IF_ERROR(CheckJsonDepth(schema, what, limits.depth_max));
   Json parsed = Json::parse_no_throw(std::string(schema));
   if (parsed.is_discarded()) return Status(StatusCode::kInvalidArgument, std::string(what) + ": not valid JSON");
+  if (drops_inexpressible) DropInexpressible(parsed);
   RETURN_IF_ERROR(Checker(parsed, what, limits).Check());
   return parsed;
 }
 
 }  // namespace
 
-Status CheckJsonSchema(std::string_view schema, std::string_view what, const SchemaLimits& limits) try {
-  return ParseSchema(schema, what, limits).status();
+Expected<std::string> ExpressibleSchema(std::string_view schema, std::string_view what) try {
+  ASSIGN_OR_RETURN(const Json parsed, ParseSchema(schema, what, true));
+  return parsed.dump();
 } catch (const std::exception& error) {
-  return {StatusCode::kInvalidArgument, std::string(what) + ": " + SanitizeUtf8(error.what())};
+  return Status(StatusCode::kInvalidArgument, std::string(what) + ": " + SanitizeUtf8(error.what()));
 }
 
 Expected<std::string> JsonSchemaToGbnf(std::string_view schema, std::string_view what) try {
-  ASSIGN_OR_RETURN(const Json parsed, ParseSchema(schema, what, {}));
+  ASSIGN_OR_RETURN(const Json parsed, ParseSchema(schema, what, false));
   return json_schema_to_grammar(parsed, true);
 } catch (const std::exception& error) {
   return Status(StatusCode::kInvalidArgument, std::string(what) + ": " + SanitizeUtf8(error.what()));

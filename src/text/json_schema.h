@@ -1,8 +1,7 @@
 // JSON schemas of clients: checked, and as grammars by llama.cpp's converter.
 //
 // The converter has no limits of its own: it recurses as deep as a schema and its references nest, and some short
-// schemas take time exponential in their length. What it would ignore silently (a pattern that it cannot express) is
-// refused here.
+// schemas take time exponential in their length. A pattern that it cannot express, which it would ignore, is refused.
 //
 // Threads: free functions, any number of threads. Owns: nothing. Fails how: a Status that names the schema's part and
 // the limit; `what` says whose schema it is.
@@ -27,8 +26,9 @@ struct SchemaLimits {
   size_t pattern_bytes_max = 1024;
 };
 
-// Of a schema that will be given to the library, here or in a chat template's tools.
-Status CheckJsonSchema(std::string_view schema, std::string_view what, const SchemaLimits& limits = {});
+// The schema, checked, for the library to use elsewhere (a tool's parameters). Here patterns that the converter cannot
+// express are left out: the model is asked for them by the tool's description only.
+Expected<std::string> ExpressibleSchema(std::string_view schema, std::string_view what);
 
 // GBNF text whose rule "root" is a JSON value as the schema says. Not expressed are what grammars cannot count or
 // compare (minimum of a fraction, uniqueItems, not, if) and properties out of the schema's order.
