@@ -18,9 +18,17 @@ Status WhyNoToken(const std::optional<text::GrammarState>& grammar) {
 void Engine::SampleRows(std::vector<Event>& events) {
   const int n_vocab = model_->n_vocab();
   auto* logits = reinterpret_cast<float*>(logits_.data());
-  for (size_t i = 0; i < logit_sequences_.size(); ++i) {
-    Sequence& sequence = *logit_sequences_[i];
+  for (size_t i = 0; i < logit_uses_.size(); ++i) {
+    Sequence& sequence = *logit_uses_[i].sequence;
     const std::span<float> row(logits + i * n_vocab, n_vocab);
+    if (logit_uses_[i].prompt_position >= 0) {
+      TakePromptLogprobs(*sequence.request, logit_uses_[i].prompt_position, row);
+      continue;
+    }
+    if (sequence.request->request.sampling.max_tokens == 0) {
+      EndSequence(sequence, FinishReason::kLength, Status::Ok(), events);
+      continue;
+    }
     if (sequence.forked) {
       SampleOne(sequence, row, events);
       continue;
@@ -64,6 +72,7 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   Event event;
   event.request = request.id;
   event.choice = sequence.choice;
+  DeliverPromptLogprobs(request, event);
   TokenId token = sequence.sampler->Sample(logits, scratch_, sampling.logprobs >= 0 ? &event.logprobs : nullptr,
                                            sequence.grammar ? &*sequence.grammar : nullptr);
   const auto& forced = request.request.forced;
@@ -149,6 +158,7 @@ void Engine::EndSequence(Sequence& sequence, FinishReason reason, const Status& 
     event.error = error;
     FinishSequence(sequence, reason, event);
     event.choice += i;
+    if (reason == FinishReason::kLength) DeliverPromptLogprobs(*sequence.request, event);
     events.push_back(std::move(event));
   }
 }

@@ -89,6 +89,7 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
                                                ": the model was trained for " + std::to_string(trained));
   }
   engine->max_context_ = options.max_context == 0 ? trained : options.max_context;
+  RETURN_IF_ERROR(engine->ReadPooling());
 
   std::vector<uint8_t> ends_block(engine->model_->n_vocab());
   size_t piece_bytes = 0;
@@ -116,21 +117,32 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
                                                     *engine->cache_, *engine->pool_);
 
   const int n_vocab = engine->model_->n_vocab();
-  engine->logits_ = HugeBuffer(static_cast<size_t>(options.max_running) * n_vocab * sizeof(float));
+  const int logit_rows_max = options.max_running + kPromptLogitRows;
+  engine->logits_ = HugeBuffer(static_cast<size_t>(logit_rows_max) * n_vocab * sizeof(float));
+  engine->hidden_ = HugeBuffer(static_cast<size_t>(model_options.max_rows) * engine->model_->hyperparameters().d_model *
+                               sizeof(float));
   engine->scratch_ = SamplingScratch(n_vocab);
   engine->row_copy_.resize(n_vocab);
   engine->piece_.reserve(3 * (piece_bytes + 4));  // each byte may become U+FFFD
   engine->planned_.reserve(options.max_running);
   engine->step_tokens_.reserve(model_options.max_rows);
   engine->step_spans_.reserve(options.max_running);
-  engine->logit_rows_.reserve(options.max_running);
-  engine->logit_sequences_.reserve(options.max_running);
+  engine->logit_rows_.reserve(logit_rows_max);
+  engine->logit_uses_.reserve(logit_rows_max);
+  engine->hidden_rows_.reserve(model_options.max_rows);
   engine->running_.reserve(options.max_running);
   return engine;
 }
 
 Status Engine::CheckRequest(const Request& request) const {
-  RETURN_IF_ERROR(Validate(request.sampling, model_->n_vocab(), options_.sampling_limits));
+  RETURN_IF_ERROR(CheckPromptOutputs(request));
+  if (request.sampling.max_tokens == 0 && (request.embed || request.prompt_logprobs >= 0)) {
+    SamplingParams without_output = request.sampling;
+    without_output.max_tokens = 1;
+    RETURN_IF_ERROR(Validate(without_output, model_->n_vocab(), options_.sampling_limits));
+  } else {
+    RETURN_IF_ERROR(Validate(request.sampling, model_->n_vocab(), options_.sampling_limits));
+  }
   if (request.prompt.empty()) return {StatusCode::kInvalidArgument, "prompt: is empty"};
   const auto check = [&](const char* name, const std::vector<TokenId>& tokens) {
     for (const TokenId token : tokens) {
@@ -235,6 +247,7 @@ bool Engine::Step(std::vector<Event>& events) {
   Forward();
   UpdatePeaks();
   SampleRows(events);
+  PoolHidden(events);
   RemoveFinished();
 
   const double step_s = MonotonicSeconds() - start_s;
@@ -250,7 +263,8 @@ bool Engine::Step(std::vector<Event>& events) {
 }
 
 void Engine::Forward() {
-  const models::StepInput input = {step_tokens_, step_spans_, logit_rows_};
+  const models::StepInput input = {step_tokens_, step_spans_, logit_rows_, hidden_rows_,
+                                   reinterpret_cast<float*>(hidden_.data())};
   model_->Forward(input, *cache_, reinterpret_cast<float*>(logits_.data()));
   for (const PlannedSpan& planned : planned_) {
     Sequence& sequence = *planned.sequence;

@@ -89,7 +89,12 @@ class Engine {
   struct RequestState;
   struct Tenant;
 
+  // Prompt rows of one step whose logits are wanted for their logprobs: bounds the memory.
+  static constexpr int kPromptLogitRows = 64;
+  enum class Pooling { kMean, kLast, kOther };
+
   explicit Engine(const EngineOptions& options);
+  Status ReadPooling();
   void Admit();
   bool AdmitNext();
   Tenant* NextTenant();
@@ -115,6 +120,13 @@ class Engine {
   bool Fuses(const Sequence& sequence) const;
   size_t ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const;
   void UpdatePeaks();
+  // Prompt logprobs and embeddings, in prompt_outputs.cc.
+  Status CheckPromptOutputs(const Request& request) const;
+  int RowsWithinLogits(const Sequence& sequence, int rows, int& logit_rows_left) const;
+  void PlanPromptOutputs(Sequence& sequence, const attention::RowSpan& span);
+  void TakePromptLogprobs(RequestState& request, int position, std::span<const float> logits);
+  void DeliverPromptLogprobs(RequestState& request, Event& event);
+  void PoolHidden(std::vector<Event>& events);
 
   EngineOptions options_;
   std::unique_ptr<ThreadPool> pool_;
@@ -125,6 +137,7 @@ class Engine {
   std::unique_ptr<joint::Fusion> fusion_;
   std::vector<TokenId> end_tokens_;
   int max_context_ = 0;
+  Pooling pooling_ = Pooling::kMean;
 
   std::map<DomainId, Tenant> tenants_;
   std::map<RequestId, std::unique_ptr<RequestState>> requests_;
@@ -145,8 +158,14 @@ class Engine {
   std::vector<TokenId> step_tokens_;
   std::vector<attention::RowSpan> step_spans_;
   std::vector<int> logit_rows_;
-  std::vector<Sequence*> logit_sequences_;
-  HugeBuffer logits_;  // (max_running, n_vocab) f32
+  struct LogitRow {
+    Sequence* sequence = nullptr;
+    int prompt_position = -1;  // -1: to sample from
+  };
+  std::vector<LogitRow> logit_uses_;  // of logit_rows_
+  HugeBuffer logits_;                 // (max_running + kPromptLogitRows, n_vocab) f32
+  std::vector<int> hidden_rows_;
+  HugeBuffer hidden_;  // (rows of the largest step, d_model) f32
   SamplingScratch scratch_{1};
   std::string piece_;
   std::vector<float> row_copy_;  // (n_vocab) for choices that sample from the same row

@@ -22,6 +22,19 @@ struct Engine::RequestState {
   int open_choices = 0;  // not finished yet
   bool started = false;
   bool cancelled = false;
+
+  // What the pass over the prompt gives besides K and V; kept when the sequence is preempted.
+  std::vector<SampledLogprobs> prompt_logprobs;  // of the tokens so far
+  int known_logprobs = 0;                        // their number, also when they have been delivered
+  bool prompt_logprobs_delivered = false;
+  std::vector<double> pooled;  // (d_model) sum of the hidden states so far
+  int pooled_rows = 0;
+
+  bool NeedsPromptLogprobs() const {
+    return request.prompt_logprobs >= 0 && known_logprobs < static_cast<int>(request.prompt.size());
+  }
+  // What the prefix cache holds would be missing.
+  bool NeedsWholePrompt() const { return request.embed || NeedsPromptLogprobs(); }
 };
 
 // One choice of one request, waiting or running.

@@ -25,6 +25,11 @@ struct Request {
   // Constrains the output of all choices, which share it with nothing else. None: free text. Once it is complete a
   // choice ends with kStop, also before min_tokens and with ignore_eos.
   std::shared_ptr<text::Grammar> grammar;
+  // -1: off. k: of each prompt token but the first, the logprob and the k likeliest tokens in its place. max_tokens may
+  // then be 0.
+  int prompt_logprobs = -1;
+  // The prompt as one vector, pooled as the model file says; no output: max_tokens must be 0 and n 1.
+  bool embed = false;
   std::vector<TokenId> visible_tokens;  // control tokens that give their text in events, where others give none
 };
 
@@ -45,6 +50,8 @@ struct Event {
   TokenId token = -1;        // -1: no token (the end of a choice that was cancelled or failed)
   std::string text;          // whole UTF-8 characters; what stop strings may still claim is held back
   SampledLogprobs logprobs;  // filled when asked for
+  std::vector<SampledLogprobs> prompt_logprobs;  // with choice 0's first event; one per prompt token, the first empty
+  std::vector<float> embedding;                  // (d_model) with the finish of a request that asked for it
   FinishReason finish = FinishReason::kNone;
 
   // With `finish` only:

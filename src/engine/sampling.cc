@@ -361,6 +361,12 @@ Status Validate(const SamplingParams& params, int n_vocab, const SamplingLimits&
   return CheckRange("logprobs", params.logprobs, -1, limits.logprobs_max);
 }
 
+void TokenLogprobs(std::span<const float> logits, TokenId token, int k, SamplingScratch& scratch,
+                   SampledLogprobs& out) {
+  const double norm = RawLogprobs(logits, k, scratch, out);
+  out.chosen = static_cast<float>(std::min(logits[token], FLT_MAX) - norm);
+}
+
 SamplingScratch::SamplingScratch(int n_vocab)
     : weights(n_vocab),
       values(n_vocab),

@@ -66,6 +66,11 @@ struct SampledLogprobs {
   std::vector<TokenLogprob> top;  // likeliest first, equal ones by id; allocates only until it has held `logprobs`
 };
 
+struct SamplingScratch;
+
+// Of `token` and of the k likeliest under these logits.
+void TokenLogprobs(std::span<const float> logits, TokenId token, int k, SamplingScratch& scratch, SampledLogprobs& out);
+
 // Work space of Sampler::Sample, reusable by any number of samplers of the same vocabulary, one call at a time.
 // Threads: one at a time. Owns: its buffers, about 12 bytes per vocabulary entry. Fails how: never.
 struct SamplingScratch {

@@ -78,7 +78,7 @@ bool Engine::AdmitNext() {
   const int longest = static_cast<int>(sequence.request->request.prompt.size()) + sampling.max_tokens;
   sequence.kv = cache_->Create(sequence.request->request.domain, longest,
                                fusion_->SharingOf(sequence.request->request.kv_fusion));
-  sequence.computed = cache_->AdoptPrefix(sequence.kv, sequence.tokens);
+  sequence.computed = cache_->AdoptPrefix(sequence.kv, sequence.tokens, !sequence.request->NeedsWholePrompt());
   RequestState& request = *sequence.request;
   if (!request.started) {
     request.started = true;
@@ -107,10 +107,12 @@ void Engine::Plan() {
   }
   // Prompts go on by a row also where decoding takes the whole budget.
   int budget = std::max(1, options_.step_tokens - decoding);
+  int prompt_logit_rows = kPromptLogitRows;
   for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
     Sequence& sequence = *running_[i];
     if (sequence.planned_rows > 0 || sequence.Remaining() <= 1) continue;
-    int rows = std::min(budget, sequence.Remaining());
+    int rows = RowsWithinLogits(sequence, std::min(budget, sequence.Remaining()), prompt_logit_rows);
+    if (rows == 0) continue;
     // A rest of one row would count as decoding next time, before older prompts: take one row less instead.
     if (sequence.Remaining() - rows == 1 && rows > 1) --rows;
     rows = Reserve(sequence, rows);
@@ -120,7 +122,8 @@ void Engine::Plan() {
   step_tokens_.clear();
   step_spans_.clear();
   logit_rows_.clear();
-  logit_sequences_.clear();
+  logit_uses_.clear();
+  hidden_rows_.clear();
   for (auto& sequence : running_) {
     if (sequence->planned_rows == 0) continue;
     const attention::RowSpan span = {sequence->kv, static_cast<int>(step_tokens_.size()), sequence->planned_rows,
@@ -129,9 +132,10 @@ void Engine::Plan() {
     step_tokens_.insert(step_tokens_.end(), first, first + span.rows);
     step_spans_.push_back(span);
     planned_.push_back({sequence.get(), span});
-    if (span.rows == sequence->Remaining()) {
+    PlanPromptOutputs(*sequence, span);
+    if (span.rows == sequence->Remaining() && !sequence->request->request.embed) {
       logit_rows_.push_back(span.first_row + span.rows - 1);
-      logit_sequences_.push_back(sequence.get());
+      logit_uses_.push_back({sequence.get(), -1});
     }
   }
 }

@@ -149,10 +149,11 @@ int KvCache::FirstVisible(int layer, int next_position) const {
   return window == 0 ? 0 : std::max(0, next_position - window + 1);
 }
 
-int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens) {
+int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens, bool adopts) {
   Sequence& s = Get(id);
   CHECK(s.tokens.empty());
   ReserveTables(s, BlocksFor(tokens, s.max_tokens));
+  if (!adopts) return 0;
   prefix_query_tokens_ += static_cast<int64_t>(tokens.size());
   if (!options_.prefix_cache || tokens.empty()) return 0;
 

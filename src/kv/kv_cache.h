@@ -117,8 +117,9 @@ class KvCache {
   void Free(SequenceId sequence);
 
   // Lets an empty sequence start with the longest known prefix of `tokens` (less the last token, whose logits the
-  // caller needs), never from another domain. Returns how many tokens are now in the sequence.
-  int AdoptPrefix(SequenceId sequence, std::span<const TokenId> tokens);
+  // caller needs), never from another domain. Returns how many tokens are now in the sequence. `adopts` = false: none,
+  // for a caller that needs what the pass over them gives.
+  int AdoptPrefix(SequenceId sequence, std::span<const TokenId> tokens, bool adopts = true);
 
   // Reserves slots for `tokens` after the sequence's present end, evicting unused prefix blocks when it must. Shared
   // open blocks are copied first. False, and nothing changed but evictions, when there is no room; no evictions either

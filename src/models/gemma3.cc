@@ -75,12 +75,12 @@ void Gemma3::Forward(const StepInput& input, const kv::KvCache& cache, float* lo
     dense::RmsNorm(pool_, x(), layer.attn_norm.data(), hp_.rms_eps, norm);  // norm (rows, d_model)
     Multiply(layer.qkv, norm, qkv());                                       // qkv (rows, d_q + 2 d_kv)
     attention_->Store(pool_, cache, i, RopeOfLayer(i), {layer.q_norm.data(), layer.k_norm.data(), hp_.rms_eps}, qkv());
-    if (i + 1 == hp_.n_layers && input.logit_rows.empty()) return;
+    if (i + 1 == hp_.n_layers && KeptRows(input).empty()) return;
 
     dense::Activations attn = Act(attn_, rows, hp_.d_q());
     attention_->Run(pool_, cache, i, RopeOfLayer(i), RopeMagnitude(i), attn);  // attn (rows, d_q)
     if (i + 1 == hp_.n_layers) {
-      rows = KeepRows(input.logit_rows, x(), attn);
+      rows = KeepRows(KeptRows(input), x(), attn);
       attn = Shrink(attn, rows);
     }
     Multiply(layer.attn_output, attn, y());  // y (rows, d_model)
@@ -94,6 +94,8 @@ void Gemma3::Forward(const StepInput& input, const kv::KvCache& cache, float* lo
     dense::AddRmsNorm(pool_, x(), y(), layer.ffn_post_norm.data(), hp_.rms_eps, rows, hp_.d_model);
   }
 
+  rows = TakeHidden(input, output_norm_);
+  if (rows == 0) return;
   const dense::Activations norm = ActFor(output_, norm_, rows);
   dense::RmsNorm(pool_, x(), output_norm_.data(), hp_.rms_eps, norm);
   Multiply(output_, norm, logits);  // logits (rows, n_vocab)

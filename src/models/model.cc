@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "base/bf16.h"
 #include "base/clock.h"
@@ -45,6 +46,7 @@ Model::Model(const gguf::GgufFile& file, gguf::Hyperparameters hp, const ModelOp
   rope_swa_ = dense::RopeTable(hp_.rope_swa, {});
   EnsurePositions(codec::kBlockTokensMax);
   const size_t rows = options.max_rows;
+  kept_rows_.reserve(rows);
   x_ = HugeBuffer(rows * hp_.d_model * sizeof(float));
   norm_ = HugeBuffer(rows * hp_.d_model * sizeof(float));
   qkv_ = HugeBuffer(rows * (hp_.d_q() + 2 * hp_.d_kv()) * sizeof(float));
@@ -182,6 +184,33 @@ void Model::Embed(std::span<const TokenId> tokens, float* x) {
     CHECK(status.ok());
     if (hp_.embedding_scale != 1) dense::Scale(hp_.embedding_scale, out, d_model);
   });
+}
+
+std::span<const int> Model::KeptRows(const StepInput& input) {
+  if (input.hidden_rows.empty()) return input.logit_rows;
+  kept_rows_.clear();
+  std::ranges::set_union(input.logit_rows, input.hidden_rows, std::back_inserter(kept_rows_));
+  return kept_rows_;
+}
+
+int Model::TakeHidden(const StepInput& input, const std::vector<float>& output_norm) {
+  const auto logit_rows = static_cast<int>(input.logit_rows.size());
+  if (input.hidden_rows.empty()) return logit_rows;
+  const dense::Activations all = {input.hidden, dense::Precision::kF32, static_cast<int>(kept_rows_.size()),
+                                  hp_.d_model};
+  dense::RmsNorm(pool_, x(), output_norm.data(), hp_.rms_eps, all);
+  const auto pick = [&](std::span<const int> rows, float* data) {
+    size_t to = 0;
+    for (size_t from = 0; from < kept_rows_.size() && to < rows.size(); ++from) {
+      if (kept_rows_[from] != rows[to]) continue;
+      const auto d_model = static_cast<size_t>(hp_.d_model);
+      if (from != to) std::memcpy(data + to * d_model, data + from * d_model, d_model * sizeof(float));
+      ++to;
+    }
+  };
+  pick(input.hidden_rows, input.hidden);
+  pick(input.logit_rows, x());
+  return logit_rows;
 }
 
 int Model::KeepRows(std::span<const int> rows, float* x, const dense::Activations& other) {

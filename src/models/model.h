@@ -40,6 +40,8 @@ struct StepInput {
   std::span<const TokenId> tokens;            // (rows)
   std::span<const attention::RowSpan> spans;  // cover the rows in order
   std::span<const int> logit_rows;            // rows whose logits are wanted, ascending
+  std::span<const int> hidden_rows = {};      // rows whose final hidden state is wanted, ascending
+  float* hidden = nullptr;                    // room for (logit_rows + hidden_rows, d_model)
 };
 
 class Model {
@@ -55,7 +57,8 @@ class Model {
   // Positions below `positions` may appear in steps from now on. May allocate; call between steps.
   void EnsurePositions(int positions);
 
-  // Writes K and V of every row into the slots that `cache` has reserved, and logits (logit_rows, n_vocab).
+  // Writes K and V of every row into the slots that `cache` has reserved, logits (logit_rows, n_vocab), and what the
+  // output matrix would multiply, after the last norm, to input.hidden (hidden_rows, d_model).
   virtual void Forward(const StepInput& input, const kv::KvCache& cache, float* logits) = 0;
 
   const gguf::Hyperparameters& hyperparameters() const { return hp_; }
@@ -96,6 +99,10 @@ class Model {
                      const dense::Activations& y);
   // x (rows, d_model) = embedding of each token, times the model's embedding scale.
   void Embed(std::span<const TokenId> tokens, float* x);
+  // The rows that the last layer is computed for: those whose logits or hidden state is wanted.
+  std::span<const int> KeptRows(const StepInput& input);
+  // From the kept rows in x, writes input.hidden and leaves those whose logits are wanted; returns how many.
+  int TakeHidden(const StepInput& input, const std::vector<float>& output_norm);
   // Moves the given rows of x (rows, d_model) and `other` to the front; returns how many.
   int KeepRows(std::span<const int> rows, float* x, const dense::Activations& other);
   dense::Activations Shrink(const dense::Activations& x, int rows) const;
@@ -121,6 +128,7 @@ class Model {
   HugeBuffer qkv_;     // (max_rows, d_q + 2 d_kv) f32
   HugeBuffer attn_;    // (max_rows, d_q) f32 or bf16
   HugeBuffer ffn_;     // (max_rows, d_ff) f32 or bf16
+  std::vector<int> kept_rows_;
 };
 
 // One architecture each, in its own file.

@@ -66,12 +66,12 @@ void Qwen3::Forward(const StepInput& input, const kv::KvCache& cache, float* log
     dense::RmsNorm(pool_, x(), layer.attn_norm.data(), hp_.rms_eps, norm);  // norm (rows, d_model)
     Multiply(layer.qkv, norm, qkv());                                       // qkv (rows, d_q + 2 d_kv)
     attention_->Store(pool_, cache, i, rope_, {layer.q_norm.data(), layer.k_norm.data(), hp_.rms_eps}, qkv());
-    if (i + 1 == hp_.n_layers && input.logit_rows.empty()) return;
+    if (i + 1 == hp_.n_layers && KeptRows(input).empty()) return;
 
     dense::Activations attn = Act(attn_, rows, hp_.d_q());
     attention_->Run(pool_, cache, i, rope_, RopeMagnitude(i), attn);  // attn (rows, d_q)
     if (i + 1 == hp_.n_layers) {
-      rows = KeepRows(input.logit_rows, x(), attn);
+      rows = KeepRows(KeptRows(input), x(), attn);
       attn = Shrink(attn, rows);
     }
     Multiply(layer.attn_output, attn, x(), /*accumulate=*/true);  // x += (rows, d_model)
@@ -83,6 +83,8 @@ void Qwen3::Forward(const StepInput& input, const kv::KvCache& cache, float* log
     Multiply(layer.down, ffn, x(), /*accumulate=*/true);              // x += (rows, d_model)
   }
 
+  rows = TakeHidden(input, output_norm_);
+  if (rows == 0) return;
   const dense::Activations norm = ActFor(output_, norm_, rows);
   dense::RmsNorm(pool_, x(), output_norm_.data(), hp_.rms_eps, norm);
   Multiply(output_, norm, logits);  // logits (rows, n_vocab)
