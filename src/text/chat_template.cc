@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <exception>
+#include <optional>
 #include <string_view>
 #include <utility>
 
 #include "text/chat_format.h"
+#include "text/client_text.h"
 #include "text/detokenizer.h"
 #include "text/json_schema.h"
 #include "text/template_guard.h"
@@ -28,69 +30,90 @@ std::string Reason(std::string_view what) {
   return SanitizeUtf8(what.substr(0, kWarningBytesMax));
 }
 
-common_chat_msg ToLibrary(const ChatMessage& message) {
-  common_chat_msg out;
-  out.role = SanitizeUtf8(message.role);
-  out.content = SanitizeUtf8(message.content);
-  out.tool_name = SanitizeUtf8(message.name);
-  out.tool_call_id = SanitizeUtf8(message.tool_call_id);
+// What the template will see: checked, valid UTF-8, and JSON without escapes that could hide what it spells.
+struct Conversation {
+  std::vector<ChatMessage> messages;
+  std::vector<Tool> tools;
+};
+
+Expected<ChatMessage> Prepare(const ChatMessage& message) {
+  ChatMessage out{.role = SanitizeUtf8(message.role),
+                  .content = SanitizeUtf8(message.content),
+                  .name = SanitizeUtf8(message.name),
+                  .tool_call_id = SanitizeUtf8(message.tool_call_id),
+                  .tool_calls = {}};
   for (const ToolCall& call : message.tool_calls) {
-    out.tool_calls.push_back({.name = SanitizeUtf8(call.name),
-                              .arguments = call.arguments_json.empty() ? "{}" : SanitizeUtf8(call.arguments_json),
-                              .id = SanitizeUtf8(call.id)});
+    RETURN_IF_ERROR(CheckJsonDepth(call.arguments_json, "chat: arguments of a tool call"));
+    std::string arguments = call.arguments_json.empty() ? "{}" : SanitizeUtf8(call.arguments_json);
+    const common_json parsed = common_json::parse_no_throw(arguments);
+    if (!parsed.is_discarded()) arguments = parsed.dump();
+    out.tool_calls.push_back({SanitizeUtf8(call.id), SanitizeUtf8(call.name), std::move(arguments)});
   }
   return out;
 }
 
-// The tools that the model may see, in the library's form; with options.tool_name the one.
-Expected<std::vector<common_chat_tool>> ToLibrary(std::span<const Tool> tools, const ChatOptions& options) {
-  std::vector<common_chat_tool> out;
+Expected<Tool> Prepare(const Tool& tool) {
+  if (tool.name.empty() || tool.name.size() > kToolNameBytesMax) {
+    return Status(StatusCode::kInvalidArgument,
+                  "tools: a name must have 1 to " + std::to_string(kToolNameBytesMax) + " bytes");
+  }
+  Tool out{SanitizeUtf8(tool.name), SanitizeUtf8(tool.description), R"({"type":"object","properties":{}})"};
+  if (!tool.parameters_json.empty()) {
+    ASSIGN_OR_RETURN(out.parameters_json,
+                     ExpressibleSchema(SanitizeUtf8(tool.parameters_json), "parameters of tool '" + out.name + "'"));
+  }
+  return out;
+}
+
+Expected<Conversation> Prepare(std::span<const ChatMessage> messages, std::span<const Tool> tools,
+                               const ChatOptions& options) {
+  Conversation out;
+  for (const ChatMessage& message : messages) {
+    ASSIGN_OR_RETURN(ChatMessage prepared, Prepare(message));
+    out.messages.push_back(std::move(prepared));
+  }
   if (tools.size() > kToolsMax) {
     return Status(StatusCode::kOutOfRange,
                   "tools: " + std::to_string(tools.size()) + ", limit " + std::to_string(kToolsMax));
   }
   for (const Tool& tool : tools) {
     if (!options.tool_name.empty() && tool.name != options.tool_name) continue;
-    if (tool.name.empty() || tool.name.size() > kToolNameBytesMax) {
-      return Status(StatusCode::kInvalidArgument,
-                    "tools: a name must have 1 to " + std::to_string(kToolNameBytesMax) + " bytes");
-    }
-    std::string parameters = R"({"type":"object","properties":{}})";
-    if (!tool.parameters_json.empty()) {
-      ASSIGN_OR_RETURN(parameters,
-                       ExpressibleSchema(SanitizeUtf8(tool.parameters_json), "parameters of tool '" + tool.name + "'"));
-    }
-    out.push_back({.name = SanitizeUtf8(tool.name),
-                   .description = SanitizeUtf8(tool.description),
-                   .parameters = std::move(parameters)});
+    ASSIGN_OR_RETURN(Tool prepared, Prepare(tool));
+    out.tools.push_back(std::move(prepared));
   }
-  if (!options.tool_name.empty() && out.empty()) {
+  if (!options.tool_name.empty() && out.tools.empty()) {
     return Status(StatusCode::kInvalidArgument, "tools: there is no tool '" + SanitizeUtf8(options.tool_name) + "'");
+  }
+  if (options.tool_choice == ToolChoice::kRequired && out.tools.empty()) {
+    return Status(StatusCode::kInvalidArgument, "tool_choice: a call is required, but there are no tools");
   }
   return out;
 }
 
-Expected<common_chat_templates_inputs> MakeInputs(std::span<const ChatMessage> messages, std::span<const Tool> tools,
-                                                  const ChatOptions& options) {
+common_chat_templates_inputs MakeInputs(const Conversation& conversation, const ChatOptions& options) {
   common_chat_templates_inputs inputs;
-  for (const ChatMessage& message : messages) {
+  for (const ChatMessage& message : conversation.messages) {
+    common_chat_msg& out = inputs.messages.emplace_back();
+    out.role = message.role;
+    out.content = message.content;
+    out.tool_name = message.name;
+    out.tool_call_id = message.tool_call_id;
     for (const ToolCall& call : message.tool_calls) {
-      RETURN_IF_ERROR(CheckJsonDepth(call.arguments_json, "chat: arguments of a tool call"));
+      out.tool_calls.push_back({.name = call.name, .arguments = call.arguments_json, .id = call.id});
     }
-    inputs.messages.push_back(ToLibrary(message));
   }
-  ASSIGN_OR_RETURN(inputs.tools, ToLibrary(tools, options));
+  for (const Tool& tool : conversation.tools) {
+    inputs.tools.push_back({.name = tool.name, .description = tool.description, .parameters = tool.parameters_json});
+  }
   inputs.add_generation_prompt = options.add_generation_prompt;
   inputs.enable_thinking = options.enable_thinking;
   inputs.parallel_tool_calls = options.parallel_tool_calls;
   inputs.reasoning_format = COMMON_REASONING_FORMAT_AUTO;
   inputs.use_jinja = true;
-  const bool required = options.tool_choice == ToolChoice::kRequired || !options.tool_name.empty();
-  inputs.tool_choice = required                                   ? COMMON_CHAT_TOOL_CHOICE_REQUIRED
-                       : options.tool_choice == ToolChoice::kNone ? COMMON_CHAT_TOOL_CHOICE_NONE
-                                                                  : COMMON_CHAT_TOOL_CHOICE_AUTO;
-  if (required && inputs.tools.empty()) {
-    return Status(StatusCode::kInvalidArgument, "tool_choice: a call is required, but there are no tools");
+  if (options.tool_choice == ToolChoice::kRequired || !options.tool_name.empty()) {
+    inputs.tool_choice = COMMON_CHAT_TOOL_CHOICE_REQUIRED;
+  } else if (options.tool_choice == ToolChoice::kNone) {
+    inputs.tool_choice = COMMON_CHAT_TOOL_CHOICE_NONE;
   }
   return inputs;
 }
@@ -108,6 +131,8 @@ struct ChatTemplate::Parsed {
   common_chat_templates_ptr templates;
   std::vector<std::string> stops;
   bool thinks = false;
+  std::vector<std::string> thought_marks;
+  std::optional<ClientText> client_text;
 
   common_chat_params Apply(common_chat_templates_inputs inputs, bool adapts) const {
     if (adapts) {
@@ -123,14 +148,15 @@ struct ChatTemplate::Parsed {
 
   // Parses `source` ("" for the model's own) and renders one exchange. Throws what the library throws.
   static std::unique_ptr<Parsed> Make(const llama_model* model, const std::string& source) {
-    static const ChatMessage kHello{.role = "user", .content = "Hello"};
     auto out = std::make_unique<Parsed>();
     out->templates = common_chat_templates_init(model, source);
-    const auto inputs = MakeInputs({&kHello, 1}, {}, {});
-    out->Apply(*inputs, false);
-    const common_chat_params adapted = out->Apply(*inputs, true);
+    const auto inputs = MakeInputs({{{.role = "user", .content = "Hello"}}, {}}, {});
+    out->Apply(inputs, false);
+    const common_chat_params adapted = out->Apply(inputs, true);
     out->stops = adapted.additional_stops;
     out->thinks = adapted.supports_thinking;
+    out->thought_marks = adapted.thinking_end_tags;
+    out->thought_marks.push_back(adapted.thinking_start_tag);
     return out;
   }
 };
@@ -139,6 +165,9 @@ ChatTemplate::ChatTemplate(const Tokenizer& tokenizer, std::unique_ptr<Parsed> p
     : tokenizer_(&tokenizer), parsed_(std::move(parsed)) {
   source_ = common_chat_templates_source(parsed_->templates.get());
   thinks_ = parsed_->thinks;
+  parsed_->client_text.emplace(tokenizer, parsed_->thought_marks);
+  const auto letter = tokenizer.Encode("a", false, false);
+  begins_with_space_ = letter.ok() && tokenizer.Decode(*letter, false).starts_with(' ');
 }
 ChatTemplate::~ChatTemplate() = default;
 
@@ -190,15 +219,27 @@ Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::Create(const Tokenizer& to
 
 Expected<ChatPrompt> ChatTemplate::Render(std::span<const ChatMessage> messages, std::span<const Tool> tools,
                                           const ChatOptions& options) const try {
-  ASSIGN_OR_RETURN(common_chat_templates_inputs inputs, MakeInputs(messages, tools, options));
+  ASSIGN_OR_RETURN(Conversation conversation, Prepare(messages, tools, options));
+  std::string mark;  // where a client's text spells markup
+  const ClientText& client_text = *parsed_->client_text;
+  if (client_text.SpellsMarkup(conversation.messages, conversation.tools)) {
+    ASSIGN_OR_RETURN(mark, client_text.FreeCharacter(conversation.messages, conversation.tools, source_));
+    client_text.Break(mark, conversation.messages, conversation.tools);
+  }
+  common_chat_templates_inputs inputs = MakeInputs(conversation, options);
   const bool adapts = UsesTools(messages, tools) || thinks_;
   ChatPrompt out;
   if (!options.json_schema.empty()) {
     ASSIGN_OR_RETURN(out.grammar.gbnf, JsonSchemaToGbnf(options.json_schema, "json_schema"));
     if (adapts) inputs.json_schema = options.json_schema;
   }
-  const common_chat_params params = parsed_->Apply(inputs, adapts);
-  out.text = params.prompt;
+  common_chat_params params = parsed_->Apply(inputs, adapts);
+  if (!mark.empty()) {
+    out.breaks = ClientText::TakeOut(mark, params.prompt);
+    ClientText::TakeOut(mark, params.grammar);
+    ClientText::TakeOut(mark, params.parser);
+  }
+  out.text = std::move(params.prompt);
   out.stops = parsed_->stops;
   for (const std::string& stop : params.additional_stops) {
     if (std::ranges::find(out.stops, stop) == out.stops.end()) out.stops.push_back(stop);
@@ -206,7 +247,8 @@ Expected<ChatPrompt> ChatTemplate::Render(std::span<const ChatMessage> messages,
   if (adapts) RETURN_IF_ERROR(AddFormat(params, inputs, out));
   if (const auto bos = tokenizer_->bos()) {
     const std::string& piece = tokenizer_->Piece(*bos);
-    out.has_bos = !piece.empty() && out.text.starts_with(piece);
+    const bool is_own = out.breaks.empty() || out.breaks.front() >= piece.size();
+    out.has_bos = is_own && !piece.empty() && out.text.starts_with(piece);
   }
   return out;
 } catch (const std::exception& error) {
@@ -264,8 +306,28 @@ std::vector<TokenId> ChatTemplate::TokensOf(const std::vector<std::string>& mark
 
 Expected<std::vector<TokenId>> ChatTemplate::EncodePrompt(const ChatPrompt& prompt) const {
   // Not by add_special: that would end the prompt where the model wants an end token.
-  ASSIGN_OR_RETURN(std::vector<TokenId> tokens, tokenizer_->Encode(prompt.text, false, true));
+  const std::string_view text = prompt.text;
+  const size_t first_end = prompt.breaks.empty() ? text.size() : prompt.breaks.front();
+  ASSIGN_OR_RETURN(std::vector<TokenId> tokens, tokenizer_->Encode(text.substr(0, first_end), false, true));
+  for (size_t i = 0; i < prompt.breaks.size(); ++i) {
+    const size_t end = i + 1 < prompt.breaks.size() ? prompt.breaks[i + 1] : text.size();
+    ASSIGN_OR_RETURN(const std::vector<TokenId> rest,
+                     EncodeRest(text.substr(prompt.breaks[i], end - prompt.breaks[i])));
+    tokens.insert(tokens.end(), rest.begin(), rest.end());
+  }
   if (tokenizer_->adds_bos() && !prompt.has_bos) tokens.insert(tokens.begin(), *tokenizer_->bos());
+  return tokens;
+}
+
+// Of a text that goes on: where the tokenizer would put a space before its first word, a line end takes that place.
+Expected<std::vector<TokenId>> ChatTemplate::EncodeRest(std::string_view text) const {
+  if (!begins_with_space_) return tokenizer_->Encode(text, false, true);
+  ASSIGN_OR_RETURN(std::vector<TokenId> tokens, tokenizer_->Encode("\n" + std::string(text), false, true));
+  std::string seen;
+  size_t skipped = 0;
+  while (skipped < tokens.size() && !seen.ends_with('\n')) seen += tokenizer_->Piece(tokens[skipped++]);
+  if (seen != "\n" && seen != " \n") return tokenizer_->Encode(text, false, true);
+  tokens.erase(tokens.begin(), tokens.begin() + static_cast<ptrdiff_t>(skipped));
   return tokens;
 }
 

@@ -4,6 +4,9 @@
 // it. Fails how: a template that does not parse, or fails on a simple conversation, is replaced by ChatML and says so
 // in warning(); Render returns a Status when the template rejects the messages. Invalid UTF-8 becomes U+FFFD.
 //
+// What a client wrote (contents, names, arguments, tools) never becomes markup: "<|im_end|>" in it stays these ten
+// characters. EncodeChat and EncodePrompt see to it; ChatPrompt::text alone does not say it.
+//
 // How a model writes tool calls and thoughts, llama.cpp's `common` reads from its template; Render hands out a grammar
 // that holds the model to it, and what ChatOutputParser (chat_output.h) needs to read it back.
 #pragma once
@@ -62,7 +65,9 @@ struct ChatFormat;  // how to read the output; private to this room
 
 struct ChatPrompt {
   std::string text;
-  bool has_bos = false;                 // text begins with the beginning-of-sequence token: Encode must not add another
+  bool has_bos = false;  // text begins with the beginning-of-sequence token: Encode must not add another
+  // Where a client's text spells markup that must not become a token: Encode must not look across. Bytes, ascending.
+  std::vector<size_t> breaks;
   std::vector<std::string> stops;       // further stop strings that this template implies
   GrammarSpec grammar;                  // for Grammar::Compile, unless empty()
   std::vector<TokenId> visible_tokens;  // for engine::Request: markup that the parser has to see
@@ -98,6 +103,7 @@ class ChatTemplate {
   struct Parsed;  // the library's objects
 
   ChatTemplate(const Tokenizer& tokenizer, std::unique_ptr<Parsed> parsed);
+  Expected<std::vector<TokenId>> EncodeRest(std::string_view text) const;
   Status AddFormat(const common_chat_params& params, const common_chat_templates_inputs& inputs, ChatPrompt& out) const;
   std::vector<TokenId> TokensOf(const std::vector<std::string>& marks) const;
 
@@ -107,6 +113,7 @@ class ChatTemplate {
   std::string warning_;
   bool is_fallback_ = false;
   bool thinks_ = false;
+  bool begins_with_space_ = false;  // the tokenizer puts a space before a text
 };
 
 }  // namespace jointkv::text
