@@ -49,9 +49,19 @@ TEST_P(SoakTest, EveryChoiceEndsAndNothingLeaks) {
       request.prompt = prompt;
       request.sampling = params;
       request.domain = DomainId(draw(3));
+      if (draw(6) == 0) request.prompt_logprobs = draw(4);
+      if (draw(8) == 0 && params.stop_tokens.empty()) {
+        request.grammar = *text::Grammar::AnyJsonObject(driver.engine().tokenizer());
+      }
+      if (draw(10) == 0) {
+        request.embed = true;
+        request.prompt_logprobs = -1;
+        request.sampling = SamplingParams();
+        request.sampling.max_tokens = 0;
+      }
       const auto id = driver.engine().Submit(request);
       if (id.ok()) {
-        submitted.push_back({*id, params.n});
+        submitted.push_back({*id, request.sampling.n});
       } else {
         EXPECT_EQ(id.status().code(), StatusCode::kResourceExhausted) << id.status().ToString();
       }
