@@ -11,6 +11,7 @@
 
 #include "cli/bench_capacity.h"
 #include "cli/bench_engine.h"
+#include "cli/bench_serve.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
 #include "cli/machine_peaks.h"
@@ -155,6 +156,7 @@ void AddBench(CLI::App& app, Command& run) {
   AddEngineFlags(*command, flags->engine);
   command->callback([&run, flags] { run = [flags] { return RunBench(*flags); }; });
   AddBenchCapacity(*bench, run);
+  AddBenchServe(*bench, run);
 }
 
 }  // namespace jointkv::cli

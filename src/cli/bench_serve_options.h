@@ -1,0 +1,47 @@
+// Options of `bench serve`.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+#include "cli/bench_serve_dataset.h"
+#include "cli/bench_serve_http.h"
+#include "cli/bench_serve_load.h"
+#include "cli/bench_serve_stats.h"
+
+namespace jointkv::cli {
+
+struct ServeFlags {
+  std::string backend = "openai";  // openai: completions; openai-chat
+  std::string base_url;            // in place of host and port
+  std::string host = "127.0.0.1";
+  int port = 8000;
+  std::string endpoint;
+  HttpHeaders headers;
+  int ready_check_timeout_s = 0;
+  double request_timeout_s = 6 * 3600;
+
+  DatasetOptions dataset;
+  BodyOptions body;
+  ArrivalOptions arrival;
+  std::optional<size_t> max_concurrency;
+  size_t num_warmups = 0;
+  bool disable_progress = false;
+
+  ServeStatsOptions stats;
+  std::string label;
+  std::vector<std::pair<std::string, std::string>> metadata;
+  bool save_result = false;
+  bool append_result = false;
+  std::string result_dir;
+  std::string result_filename;
+};
+
+// `flags` must outlive the parse. Takes the command's parse_complete_callback.
+void AddServeFlags(CLI::App& app, ServeFlags& flags);
+
+}  // namespace jointkv::cli
