@@ -3,15 +3,10 @@
 #include <spdlog/fmt/fmt.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <cstdlib>
-#include <filesystem>
 #include <memory>
 #include <utility>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "base/clock.h"
 #include "cli/bench_serve_dataset.h"
@@ -20,22 +15,21 @@
 #include "cli/bench_serve_options.h"
 #include "cli/bench_serve_report.h"
 #include "cli/bench_serve_stats.h"
+#include "cli/summary.h"
 #include "cli/terminal.h"
 
 namespace jointkv::cli {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
 constexpr size_t kErrorsShown = 10;
 constexpr double kAskTimeoutS = 10;
 
-// Waits until /health says yes, or /v1/models where there is no /health.
+// Waits until the first of these paths that the server knows says yes.
 Status AwaitReady(const HttpServer& server, const HttpHeaders& headers, double timeout_s) {
   const double end_s = MonotonicSeconds() + timeout_s;
   std::string last;
   while (!Interrupted()) {
-    for (const char* path : {"/health", "/v1/models"}) {
+    for (const char* path : {"/ready", "/health", "/v1/models"}) {
       const Expected<HttpAnswer> answer = HttpGet(server, path, headers, kAskTimeoutS);
       if (answer.ok() && answer->status == 200) return Status::Ok();
       last = answer.ok() ? fmt::format("{}: HTTP {}", path, answer->status) : answer.status().message();
@@ -108,10 +102,14 @@ void ShowErrors(const std::vector<RequestOutcome>& outcomes) {
 }
 
 Expected<int> RunBenchServe(ServeFlags flags) {
+  ASSIGN_OR_RETURN(const std::vector<ServeRequest> requests, MakeDataset(flags.dataset));
+  if (!flags.save_dataset_path.empty()) {
+    RETURN_IF_ERROR(WriteTextFile(flags.save_dataset_path, ToRows(requests)));
+    return kExitOk;
+  }
   const std::string base_url =
       flags.base_url.empty() ? fmt::format("http://{}:{}", flags.host, flags.port) : flags.base_url;
   ASSIGN_OR_RETURN(const HttpServer server, HttpServer::Resolve(base_url));
-  ASSIGN_OR_RETURN(const std::vector<ServeRequest> requests, MakeDataset(flags.dataset));
   ArmInterrupt();
   if (flags.ready_check_timeout_s > 0) {
     RETURN_IF_ERROR(AwaitReady(server, flags.headers, flags.ready_check_timeout_s));

@@ -12,6 +12,7 @@ namespace jointkv::cli {
 namespace {
 
 using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
 
 constexpr size_t kLineBytesMax = 16 << 20;
 constexpr size_t kRowsMax = 1 << 20;
@@ -129,6 +130,16 @@ int DrawLength(int length, double range_ratio, std::mt19937_64& random) {
   return std::uniform_int_distribution<int>(std::max(least, 1), std::max(most, 1))(random);
 }
 
+OrderedJson ToJson(const std::vector<text::ChatMessage>& messages) {
+  OrderedJson json = OrderedJson::array();
+  for (const text::ChatMessage& message : messages) {
+    json.push_back({{"role", message.role}, {"content", message.content}});
+  }
+  return json;
+}
+
+std::string Dump(const OrderedJson& json) { return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace); }
+
 }  // namespace
 
 std::vector<std::string> DatasetNames() {
@@ -184,13 +195,18 @@ Expected<std::vector<ServeRequest>> MakeDataset(const DatasetOptions& options) {
   return requests;
 }
 
+std::string ToRows(const std::vector<ServeRequest>& requests) {
+  std::string rows;
+  for (const ServeRequest& request : requests) {
+    rows += Dump({{"messages", ToJson(request.messages)}, {"output_tokens", request.output_tokens}}) + "\n";
+  }
+  return rows;
+}
+
 std::string ToBody(const ServeRequest& request, const BodyOptions& options) {
-  nlohmann::ordered_json body = {{"model", options.model}};
+  OrderedJson body = {{"model", options.model}};
   if (options.chat) {
-    body["messages"] = nlohmann::ordered_json::array();
-    for (const text::ChatMessage& message : request.messages) {
-      body["messages"].push_back({{"role", message.role}, {"content", message.content}});
-    }
+    body["messages"] = ToJson(request.messages);
     body["max_completion_tokens"] = request.output_tokens;
   } else {
     std::string prompt;
@@ -204,7 +220,7 @@ std::string ToBody(const ServeRequest& request, const BodyOptions& options) {
   body["stream_options"] = {{"include_usage", true}};
   if (options.ignore_eos) body["ignore_eos"] = true;
   body.update(options.extra);
-  return body.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+  return Dump(body);
 }
 
 }  // namespace jointkv::cli

@@ -55,6 +55,9 @@ Expected<std::vector<ServeRequest>> MakeDataset(const DatasetOptions& options);
 Expected<std::vector<ServeRequest>> RandomDataset(const text::Tokenizer& tokenizer, size_t num_prompts, uint64_t seed,
                                                   const RandomLengths& lengths);
 
+// The requests as rows of a custom data set.
+std::string ToRows(const std::vector<ServeRequest>& requests);
+
 struct BodyOptions {
   bool chat = false;  // messages as they are; otherwise their contents as one prompt
   std::string model;

@@ -180,6 +180,8 @@ void AddDataset(CLI::App& app, ServeFlags& flags, Texts& texts) {
   number("--pool", dataset.workload.pool, 1, 1 << 16, "documents that rag-pool and few-shot draw from")
       ->capture_default_str();
   number("--documents", dataset.workload.documents, 1, 1 << 10, "documents in each prompt")->capture_default_str();
+  app.add_option("--save-dataset", flags.save_dataset_path, "write the requests there as a custom data set; send none")
+      ->type_name("FILE.jsonl");
   app.add_flag("--no-oversample", texts.no_oversample, "fail when a custom file has too few rows");
   app.add_flag("--disable-shuffle", texts.disable_shuffle, "keep the order of a custom file");
 }

@@ -26,6 +26,7 @@ struct ServeFlags {
   double request_timeout_s = 6 * 3600;
 
   DatasetOptions dataset;
+  std::string save_dataset_path;  // write the requests there and send none
   BodyOptions body;
   ArrivalOptions arrival;
   std::optional<size_t> max_concurrency;
