@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "attention/head_reader.h"
 #include "base/cpu.h"
 #include "dense/ops.h"
 
@@ -62,7 +63,9 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
   const size_t row_bytes =
       RoundUp<size_t>(VisitScratchFloats(shape.head_dim) + 2 * kGroupMax * (shape.head_dim + 2), 16) * sizeof(float);
   const size_t tile_bytes = tiles_ ? TileScratchBytes(shape.head_dim) : 0;
-  thread_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 4096);
+  kernel_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 64);
+  const size_t reader_bytes = cache.shape().sealed.empty() ? 0 : HeadReader::ScratchBytes(shape.head_dim);
+  thread_scratch_bytes_ = RoundUp<size_t>(kernel_scratch_bytes_ + reader_bytes, 4096);
   scratch_ = HugeBuffer(thread_scratch_bytes_ * threads);
 }
 
@@ -219,8 +222,8 @@ BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& sp
   run.v = cache.table(span.sequence, layer, kv::Kind::kV);
   run.k_scale = cache.scales(span.sequence, layer, kv::Kind::kK);
   run.v_scale = cache.scales(span.sequence, layer, kv::Kind::kV);
-  run.arena = cache.data(BlockId(0));
-  run.granule_bytes = run.layout->granule_bytes();
+  run.cache = &cache;
+  run.key_mean = cache.key_mean(layer);
   return run;
 }
 
@@ -301,6 +304,8 @@ void Attention::RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_hea
   args.out = out;
   args.out_row = unit.row;
   args.out_column = kv_head * shape_.group() * shape_.head_dim;
+  HeadReader reader(ReaderScratch(thread));
+  args.reader = &reader;
   args.scratch = scratch_.data() + thread * thread_scratch_bytes_;
   TileAttentionBf16(args);
 }
@@ -308,10 +313,7 @@ void Attention::RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_hea
 Visit Attention::VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
                          const dense::RopeTable& rope) const {
   const kv::LogicalBlock& block = run.blocks[index];
-  const int kv_head = head / shape_.group();
   Visit visit;
-  visit.k = run.Head(run.k, index, kv_head);
-  visit.v = run.Head(run.v, index, kv_head);
   visit.cap = block.cap;
   visit.begin = window == 0 ? 0 : std::max(0, position - window + 1 - block.start);
   visit.end = std::min<int>(block.tokens, position + 1 - block.start);
@@ -331,12 +333,18 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
   args.layout = runs_.front().layout;
   args.visits = visits;
   args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
+  HeadReader reader(ReaderScratch(thread));
   const int head_dim = shape_.head_dim;
   for (int first = part.first; first < part.last; first += args.n) {
     args.n = std::min(kVisitsMax, part.last - first);
     for (int i = 0; i < args.n; ++i) visits[i] = FirstHead(plan, part, first + i, rope);
     for (int head = 0; head < shape_.n_heads; head += args.queries) {
       args.queries = std::min(kGroupMax, shape_.group() - head % shape_.group());
+      for (int i = 0; i < args.n && head % shape_.group() == 0; ++i) {
+        const PlannedVisit& planned = plan.visits[first + i];
+        visits[i].k = reader.Keys(runs_[planned.span], planned.block, head / shape_.group());
+        visits[i].v = reader.Values(runs_[planned.span], planned.block, head / shape_.group());
+      }
       for (int i = 0; i < args.n; ++i) {
         if (plan.visits[first + i].first) Clear(visits[i], args.queries, head_dim);
       }
@@ -347,7 +355,7 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
   }
 }
 
-// A planned visit for the first queries of the first head.
+// A planned visit for the first queries of the first head; where its keys and values are is still to be set.
 Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope) {
   const PlannedVisit& planned = plan.visits[index];
   Visit visit = VisitOf(runs_[planned.span], planned.block, planned.row, planned.position, plan.window, 0, rope);
@@ -359,9 +367,17 @@ Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, 
   const PlannedVisit& later = plan.visits[next];
   const PlannedVisit& before = plan.visits[next - 1];
   const BlockRun& run = run_of(later);
+  const kv::KvCache& cache = *run.cache;
   visit.next_cap = run.blocks[later.block].cap;
-  if (run.k[later.block] != run_of(before).k[before.block]) visit.next_k = run.Head(run.k, later.block, 0);
-  if (run.v[later.block] != run_of(before).v[before.block]) visit.next_v = run.Head(run.v, later.block, 0);
+  const auto ask_for = [&](BlockId block, BlockId block_before) -> const std::byte* {
+    if (block == block_before) return nullptr;
+    const std::byte* data = cache.data(block);
+    if (cache.codec(block) == run.layout->codec) return data;
+    for (size_t at = 0; at < cache.block_bytes(block); at += 64) __builtin_prefetch(data + at, 0, 2);
+    return nullptr;
+  };
+  visit.next_k = ask_for(run.k[later.block], run_of(before).k[before.block]);
+  visit.next_v = ask_for(run.v[later.block], run_of(before).v[before.block]);
   return visit;
 }
 
@@ -371,8 +387,6 @@ void Attention::NextQueries(Visit& visit, int queries, bool same_kv_head) const 
   visit.stats += 2 * kGroupMax;
   if (same_kv_head) return;
   const codec::BlockLayout& layout = *runs_.front().layout;
-  visit.k += layout.head_bytes(visit.cap);
-  visit.v += layout.head_bytes(visit.cap);
   if (visit.next_k != nullptr) visit.next_k += layout.head_bytes(visit.next_cap);
   if (visit.next_v != nullptr) visit.next_v += layout.head_bytes(visit.next_cap);
 }
@@ -389,6 +403,7 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
   args.layout = runs_.front().layout;
   args.visits = visits;
   args.scratch = scratch;
+  HeadReader reader(ReaderScratch(thread));
   for (int g = 0; g < shape_.group(); g += kGroupMax) {
     const int head = kv_head * shape_.group() + g;
     args.queries = std::min(kGroupMax, shape_.group() - g);
@@ -399,6 +414,8 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
         args.n = std::min(kVisitsMax, end - at);
         for (int i = 0; i < args.n; ++i) {
           visits[i] = VisitOf(runs_[unit.span], at + i, unit.row, unit.position, plan.window, head, rope);
+          visits[i].k = reader.Keys(runs_[unit.span], at + i, kv_head);
+          visits[i].v = reader.Values(runs_[unit.span], at + i, kv_head);
           visits[i].sums = sums + static_cast<ptrdiff_t>(slot) * head_dim;
           visits[i].stats = stats + static_cast<ptrdiff_t>(2) * slot;
         }

@@ -126,10 +126,13 @@ class Attention {
   void PlanWindow(const kv::KvCache& cache, WindowPlan& plan);
   void PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows);
   BlockRun RunOf(const kv::KvCache& cache, int layer, const RowSpan& span) const;
-  // A row against the visible part of a block; where its results go is still to be set.
+  // A row against the visible part of a block; where its keys and values are and its results go is still to be set.
   Visit VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
                 const dense::RopeTable& rope) const;
   Visit FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope);
+  std::byte* ReaderScratch(int thread) {
+    return scratch_.data() + thread * thread_scratch_bytes_ + kernel_scratch_bytes_;
+  }
   void NextQueries(Visit& visit, int queries, bool same_kv_head) const;
   void Attend(const VisitArgs& args) const { (bf16_kernels_ ? AttendBf16 : AttendGeneric)(args); }
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
@@ -158,8 +161,9 @@ class Attention {
   std::vector<BlockRun> runs_;   // (spans) of the present layer
   std::vector<float> q_;         // (max_rows, n_heads, 2, head_dim / 2)
   std::vector<float> partials_;  // (partials, n_heads, head_dim + 2): sums, max, total
+  size_t kernel_scratch_bytes_ = 0;
   size_t thread_scratch_bytes_ = 0;
-  HugeBuffer scratch_;  // (threads, thread_scratch_bytes_)
+  HugeBuffer scratch_;  // (threads, thread_scratch_bytes_): a kernel's, then a HeadReader's
 };
 
 }  // namespace jointkv::attention

@@ -34,6 +34,9 @@ WorldShape RandomShape(std::mt19937_64& random) {
   shape.norms = random() % 4 == 0;
   shape.absolute_keys = random() % 3 == 0;
   shape.scaled = random() % 3 == 0;
+  if (shape.codec == codec::Codec::kBf16 && !shape.scaled && random() % 2 == 0) {
+    shape.sealed = random() % 2 == 0 ? codec::Codec::kQ4 : codec::Codec::kQ8;
+  }
   shape.threads = pick({1, 2, 3});
   shape.sharpness = random() % 5 == 0 ? 4.0f : 1.0f;
   shape.out = random() % 3 == 0 ? dense::Precision::kBf16 : dense::Precision::kF32;

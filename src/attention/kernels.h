@@ -15,6 +15,8 @@
 
 namespace jointkv::attention {
 
+class HeadReader;
+
 // One sequence's blocks in one layer.
 struct BlockRun {
   const codec::BlockLayout* layout = nullptr;
@@ -23,15 +25,9 @@ struct BlockRun {
   const BlockId* v = nullptr;
   const float* k_scale = nullptr;  // by logical index: factors of the blocks' keys and values; null: all 1
   const float* v_scale = nullptr;
-  const std::byte* arena = nullptr;
-  size_t granule_bytes = 0;
+  const kv::KvCache* cache = nullptr;
+  const std::byte* key_mean = nullptr;  // of encoded keys (codec/quantised.h)
 
-  const std::byte* Block(const BlockId* table, int index) const {
-    return arena + static_cast<size_t>(table[index].value) * granule_bytes;
-  }
-  const std::byte* Head(const BlockId* table, int index, int kv_head) const {
-    return Block(table, index) + layout->head_offset(kv_head, blocks[index].cap);
-  }
   float KScale(int index) const { return k_scale == nullptr ? 1.0f : k_scale[index]; }
   float VScale(int index) const { return v_scale == nullptr ? 1.0f : v_scale[index]; }
 };
@@ -92,6 +88,7 @@ inline constexpr int kTileQueries = 192;  // rows times group, at most
 // between.
 struct TileArgs {
   BlockRun run;
+  HeadReader* reader = nullptr;
   int kv_head = 0;
   const dense::RopeTable* rope = nullptr;
   float inverse_magnitude = 1;  // 1 / the rope table's magnitude (keys meet the table twice)

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -36,7 +37,9 @@ struct WorldShape {
   bool rows_independent = false;
   bool norms = false;
   bool absolute_keys = false;  // in the store
-  bool scaled = false;         // every block of every layer has factors for its keys and its values
+  // Every second sealed block is encoded so, in each table for itself.
+  std::optional<codec::Codec> sealed = {};
+  bool scaled = false;  // every block of every layer has factors for its keys and its values
   int threads = 2;
   bool judged = true;     // false: only the bits of the results matter
   float sharpness = 1;    // multiplies activations; large: one token takes all weight
@@ -59,7 +62,8 @@ class World {
     plain_rope_ = {shape_.rope};
     rope_ = dense::RopeTable(shape_.rope, {});
     rope_.Ensure(shape.tokens_max + 1);
-    const kv::KvShape kv{{shape.n_kv_heads, shape.head_dim, shape.codec}, shape.window};
+    kv::KvShape kv{{shape.n_kv_heads, shape.head_dim, shape.codec}, shape.window};
+    if (shape.sealed.has_value()) kv.sealed.assign(kv.n_tables(), *shape.sealed);
     // Each token may stand alone in a block of the smallest class.
     const size_t bytes =
         kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (4u << 20);
@@ -72,6 +76,7 @@ class World {
     std::memset(cache_->data(BlockId(0)), 0xff, cache_->stats().capacity_bytes);
     heads_ = {shape.n_heads, shape.n_kv_heads, shape.head_dim, 1 / std::sqrt(static_cast<float>(shape.head_dim)),
               shape.neox};
+    if (shape.sealed.has_value()) SetKeyMeans();
     attention_ = std::make_unique<Attention>(heads_, *cache_, shape.threads, shape.tokens_max, shape.rows_independent);
     norm_weights_ = dense::RandomFloats(2 * shape.head_dim, 99);
     bf16_kernels_ = HasAvx512Bf16() && shape.codec == codec::Codec::kBf16;
@@ -81,6 +86,7 @@ class World {
   const dense::RopeTable& rope() const { return rope_; }
   const Results& results() const { return results_; }
   double worst_error() const { return worst_error_; }
+  int encoded() const { return encoded_; }  // blocks
 
   SequenceId Start(DomainId domain = DomainId(0)) {
     const SequenceId id = cache_->Create(domain, shape_.tokens_max);
@@ -110,7 +116,7 @@ class World {
       RunLayer(spans, rows, layer);
       if (testing::Test::HasFatalFailure()) return;
     }
-    for (const Piece& piece : pieces) cache_->Commit(piece.sequence);
+    for (const Piece& piece : pieces) Encode(piece.sequence, cache_->Commit(piece.sequence));
     SetScales(spans);  // sealed blocks may have become others' since
   }
 
@@ -122,6 +128,37 @@ class World {
     std::vector<double> k;  // (n_kv_heads, 2, head_dim / 2) absolutely rotated, with RoPE's magnitude, scaled
     std::vector<double> v;  // (n_kv_heads, head_dim), scaled
   };
+
+  void SetKeyMeans() {
+    const codec::BlockLayout& layout = cache_->shape().layout;
+    for (int layer = 0; layer < cache_->shape().n_layers(); ++layer) {
+      std::vector<std::byte> mean(layout.block_bytes(codec::kBlockTokensMax));
+      for (int token = 0; token < codec::kBlockTokensMax; ++token) {
+        codec::StoreToken(layout, kv::Kind::kK, mean.data(), codec::kBlockTokensMax, token,
+                          dense::RandomFloats(heads_.d_kv(), 7000 + 100 * layer + token, 0.3F));
+      }
+      cache_->SetKeyMean(layer, std::move(mean));
+    }
+  }
+
+  // Of the blocks that a sequence has just sealed and not taken from others.
+  void Encode(SequenceId sequence, kv::SealedRange sealed) {
+    const codec::BlockLayout& layout = cache_->shape().layout;
+    for (int table = 0; shape_.sealed.has_value() && table < cache_->shape().n_tables(); ++table) {
+      const auto kind = static_cast<kv::Kind>(table % 2);
+      for (int index = sealed.first; index < sealed.last; ++index) {
+        if ((index + table) % 2 != 0 || !cache_->Owned(sequence, table, index)) continue;
+        const BlockId own = cache_->table(sequence, table / 2, kind)[index];
+        if (cache_->codec(own) != layout.codec) continue;
+        const kv::LogicalBlock& block = cache_->blocks(sequence)[index];
+        std::vector<std::byte> encoded(layout.block_bytes(block.cap));
+        codec::EncodeBlock(layout, kind, *shape_.sealed, cache_->data(own), block.cap, block.tokens,
+                           kind == kv::Kind::kK ? cache_->key_mean(table / 2) : nullptr, encoded.data());
+        ASSERT_TRUE(cache_->Encode(sequence, table, index, *shape_.sealed, encoded.data()).valid());
+        ++encoded_;
+      }
+    }
+  }
 
   // The factor of a block whose first token has this history.
   float Scale(uint64_t history, int table) const {
@@ -190,7 +227,6 @@ class World {
   std::vector<Token> LoadTokens(const RowSpan& span, const std::vector<uint64_t>& histories, int layer, int first,
                                 int end) {
     const int head_dim = shape_.head_dim;
-    const codec::BlockLayout& layout = cache_->shape().layout;
     std::vector<Token> tokens(end);
     std::vector<float> stored(heads_.d_kv());
     for (const kv::LogicalBlock& block : cache_->blocks(span.sequence)) {
@@ -210,8 +246,9 @@ class World {
         const double unit = shape_.codec == codec::Codec::kBf16 ? dense::kBf16Unit : 0x1p-11;
         for (const kv::Kind kind : {kv::Kind::kK, kv::Kind::kV}) {
           if (shape_.codec == codec::Codec::kF32) break;
-          const std::byte* data = cache_->data(cache_->table(span.sequence, layer, kind)[index]);
-          codec::LoadToken(layout, kind, data, block.cap, position - block.start, stored);
+          const BlockId id = cache_->table(span.sequence, layer, kind)[index];
+          kv::LoadStored(*cache_, kv::TableIndex(layer, kind), id, block.cap, position - block.start, stored);
+          const bool encoded = cache_->codec(id) != cache_->shape().layout.codec;
           std::vector<double>& values = kind == kv::Kind::kK ? token.k : token.v;
           for (int i = 0; i < heads_.d_kv(); ++i) {
             const int channel = i % head_dim;
@@ -227,7 +264,7 @@ class World {
             const double size =
                 kind == kv::Kind::kK ? std::abs(values[i]) + std::abs(values[other]) : std::abs(values[i]);
             // f16 halves its relative precision below 2^-14 and so on; 2^-24 is its least step.
-            ExpectStored(stored_[i], values[i], size * (unit + 8 * dense::kF32Unit) * 1.5 + 0x1p-24);
+            if (!encoded) ExpectStored(stored_[i], values[i], size * (unit + 8 * dense::kF32Unit) * 1.5 + 0x1p-24);
             if (testing::Test::HasFatalFailure()) return tokens;
           }
           values.assign(stored_.begin(), stored_.begin() + heads_.d_kv());
@@ -375,6 +412,7 @@ class World {
   std::unordered_map<int, std::vector<std::pair<double, double>>> angles_;  // by position
   std::vector<double> stored_ = std::vector<double>(8192);
   Results results_;
+  int encoded_ = 0;
   double worst_error_ = 0;
   double squared_error_ = 0;
   double predicted_variance_ = 0;

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "attention/head_reader.h"
 #include "attention/kernels.h"
 #include "base/check.h"
 
@@ -50,7 +51,7 @@ struct Scratch {
 // Keys of one block, rotated on from the block's base and scaled, into tile columns [at, at + tokens).
 void GatherKeys(const TileArgs& args, int index, uint32_t* k, int at) {
   const kv::LogicalBlock& block = args.run.blocks[index];
-  const std::byte* source = args.run.Head(args.run.k, index, args.kv_head);
+  const std::byte* source = args.reader->Keys(args.run, index, args.kv_head);
   const int n_pairs = args.run.layout->head_dim / 2;
   const float* cos = args.rope->cos(block.base);
   const float* sin = args.rope->sin(block.base);
@@ -76,7 +77,7 @@ void GatherKeys(const TileArgs& args, int index, uint32_t* k, int at) {
 // Values of one block into tile rows; a token's place in its pair may change on the way.
 void GatherValues(const TileArgs& args, int index, uint32_t* v, int at) {
   const kv::LogicalBlock& block = args.run.blocks[index];
-  const auto* source = reinterpret_cast<const uint32_t*>(args.run.Head(args.run.v, index, args.kv_head));
+  const auto* source = reinterpret_cast<const uint32_t*>(args.reader->Values(args.run, index, args.kv_head));
   const int head_dim = args.run.layout->head_dim;
   for (int token = 0; token < block.tokens; ++token) {
     const uint32_t* from = source + static_cast<ptrdiff_t>(token / 2) * head_dim;

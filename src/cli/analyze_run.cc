@@ -81,7 +81,7 @@ Expected<std::unique_ptr<ResidentPrompts>> ResidentPrompts::Create(const engine:
   kv::KvCache::Options kv_options;
   kv_options.cap_bytes = options.kv_bytes == 0 ? AvailableMemoryBytes() / 3 : options.kv_bytes;
   kv_options.prefix_cache = false;
-  const codec::Codec codec = options.kv_type.value_or(codec::Codec::kBf16);
+  const codec::Codec codec = options.kv_type.empty() ? codec::Codec::kBf16 : options.kv_type.back().type.k;
   ASSIGN_OR_RETURN(prompts->cache_,
                    kv::KvCache::Create(model.CacheShape(codec), kv::BlockCutter(std::move(ends_block)), kv_options));
   prompts->model_->Bind(*prompts->cache_);

@@ -19,7 +19,7 @@ engine::EngineOptions Options(const std::string& model) {
   options.model_path = engine::TestModelPath(model);
   options.threads = 2;
   options.kv_bytes = size_t{32} << 20;
-  options.kv_type = codec::Codec::kF32;
+  options.kv_type = {{.type = {codec::Codec::kF32, codec::Codec::kF32}}};
   return options;
 }
 

@@ -73,13 +73,33 @@ void AddFusionScopeFlags(CLI::App& app, joint::FusionOptions& fusion) {
       ->default_str("both");
 }
 
+namespace {
+
+void AddKvType(CLI::App& app, std::vector<engine::KvTypeRule>& rules) {
+  const auto add = [&rules](const std::vector<std::string>& texts) {
+    rules.clear();
+    for (const std::string& text : texts) {
+      const Expected<engine::KvTypeRule> rule = engine::ParseKvTypeRule(text);
+      if (!rule.ok()) throw CLI::ValidationError("--kv-type", rule.status().message());
+      rules.push_back(*rule);
+    }
+  };
+  app.add_option_function<std::vector<std::string>>("--kv-type", add,
+                                                    "how keys and values are stored: bf16, f16, f32, or q8 and q4 once "
+                                                    "sealed; may be given again for some layers, "
+                                                    "as 0-3:q8,q4")
+      ->type_name("K[,V]")
+      ->expected(1)
+      ->take_all()
+      ->default_str("bf16, f32 for an f32 model");
+}
+
+}  // namespace
+
 void AddEngineFlags(CLI::App& app, engine::EngineOptions& options) {
   using joint::Policy;
   AddEngineFlagsButKv(app, options);
-  AddChoice<std::optional<codec::Codec>>(
-      app, "--kv-type", options.kv_type,
-      {{"bf16", codec::Codec::kBf16}, {"f16", codec::Codec::kF16}, {"f32", codec::Codec::kF32}},
-      "bf16, f32 for an f32 model", "how keys and values are stored");
+  AddKvType(app, options.kv_type);
   AddChoice<Policy>(app, "--kv-fusion", options.fusion.policy,
                     {{"off", Policy::kOff}, {"bounded", Policy::kBounded}, {"cosine", Policy::kCosine}},
                     joint::PolicyName(options.fusion.policy),

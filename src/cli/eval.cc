@@ -49,7 +49,7 @@ Status Bad(const std::string& message) { return {StatusCode::kInvalidArgument, m
 std::vector<EvalSetting> SettingsOf(const EvalFlags& flags) {
   std::vector<EvalSetting> settings;
   for (const std::string& kv_name : flags.kv_types) {
-    EvalSetting setting = {.fusion = flags.fusion, .kv_type = ParseKvType(kv_name).value()};
+    EvalSetting setting = {.fusion = flags.fusion, .kv_type = engine::ParseKvType(kv_name).value()};
     for (const std::string& policy : flags.policies) {
       setting.fusion.policy = joint::ParsePolicy(policy).value();
       const bool bounded = setting.fusion.policy == Policy::kBounded;
@@ -69,7 +69,7 @@ std::vector<EvalSetting> SettingsOf(const EvalFlags& flags) {
 
 // The exact cache that a setting is held against: 16 bit but for f32.
 codec::Codec ReferenceOf(const EvalSetting& setting) {
-  return setting.kv_type.storage == codec::Codec::kF32 ? codec::Codec::kF32 : codec::Codec::kBf16;
+  return setting.kv_type.k == codec::Codec::kF32 ? codec::Codec::kF32 : codec::Codec::kBf16;
 }
 
 class Eval {
@@ -195,7 +195,7 @@ Status Eval::MeasureDraw(size_t draw, codec::Codec reference) {
   if (std::ranges::none_of(settings_, concerns)) return Status::Ok();
   EvalSetting exact;
   exact.fusion.policy = Policy::kOff;
-  exact.kv_type.storage = reference;
+  exact.kv_type = {reference, reference};
   ASSIGN_OR_RETURN(const EvalRun exact_run, RunOne(exact, draw, "exact cache", false));
   const double exact_ratio = exact_run.fullest.ratio() / exact.kv_type.factor(context_.head_dim);
   for (size_t i = 0; i < settings_.size(); ++i) {
@@ -243,9 +243,8 @@ Status Eval::MeasureTask() {
       if (Interrupted()) return {StatusCode::kCancelled, "interrupted"};
       RETURN_IF_ERROR(failed);
       const Summary summary = batch.summary();
-      const double factor = row.setting.kv_type.simulated() ? row.setting.kv_type.factor(context_.head_dim) : 1;
       const double share = 1.0 / static_cast<double>(context_.seeds.size());
-      row.compression += share * factor * static_cast<double>(summary.kv_bytes_logical_peak) /
+      row.compression += share * static_cast<double>(summary.kv_bytes_logical_peak) /
                          static_cast<double>(std::max<int64_t>(1, summary.kv_bytes_peak));
       row.decode_tok_s += share * summary.decode_tok_s;
     }
@@ -332,8 +331,15 @@ void AddEval(CLI::App& app, Command& run) {
   shares("--kv-budget", flags->budgets, flags->fusion.budget, "bounded: error budgets");
   shares("--kv-threshold", flags->thresholds, flags->fusion.threshold, "cosine: least cosines of key blocks");
   AddFusionScopeFlags(*command, flags->fusion);
-  words("--kv-type", flags->kv_types, {"bf16", "f16", "f32", "q8", "q4"}, "bf16|f16|f32|q8|q4,...",
-        "how keys and values are stored; q8 and q4 are simulated: rounded in place, their bytes computed");
+  command
+      ->add_option("--kv-type", flags->kv_types, "how keys and values are stored: bf16, f16, f32, q8, q4, or K/V apart")
+      ->delimiter(',')
+      ->type_name("K[/V],...")
+      ->default_str("bf16")
+      ->check([](const std::string& text) {
+        const Expected<engine::KvType> type = engine::ParseKvType(text);
+        return type.ok() ? std::string() : type.status().message();
+      });
   number("--continuation", flags->continuation, 1 << 16, "forced and scored tokens of each request");
   number("--seeds", flags->seeds, 1000, "draws of the workload");
   command->add_option("--task", flags->task_name, "score generated answers instead: gsm8k (few-shot) or nq (rag-pool)")

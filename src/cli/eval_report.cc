@@ -35,7 +35,6 @@ Json SettingJson(const EvalContext& context, const EvalSetting& setting) {
           {"threshold", cosine ? Json(Plain(fusion.threshold)) : Json()},
           {"cosine_scope", cosine ? Json(ScopeName(fusion)) : Json()},
           {"kv_type", setting.kv_type.name()},
-          {"simulated", setting.kv_type.simulated()},
           {"requests", context.requests}};
 }
 
@@ -94,8 +93,6 @@ EvalRow RowOf(const EvalResult& result, const EvalContext& context) {
   row.setting = result.setting;
   row.codec_factor = result.setting.kv_type.factor(context.head_dim);
   const double seeds = static_cast<double>(result.runs.size());
-  // Bytes of a simulated codec are computed: its runs store 16 bit.
-  const double to_codec = result.setting.kv_type.simulated() ? row.codec_factor : 1;
   std::vector<TokenScore> scores;
   std::vector<double> kl_means;
   std::vector<double> compressions;
@@ -105,8 +102,8 @@ EvalRow RowOf(const EvalResult& result, const EvalContext& context) {
   for (const EvalRun& run : result.runs) {
     scores.insert(scores.end(), run.scores.begin(), run.scores.end());
     kl_means.push_back(QualityOf(run.scores).kl_mean);
-    compressions.push_back(run.fullest.ratio() * to_codec);
-    row.bytes_held += static_cast<double>(run.fullest.held_bytes) / to_codec / seeds;
+    compressions.push_back(run.fullest.ratio());
+    row.bytes_held += static_cast<double>(run.fullest.held_bytes) / seeds;
     row.metadata_bytes += static_cast<double>(run.fullest.metadata_bytes) / seeds;
     row.logical_bytes += static_cast<double>(run.fullest.logical_bytes) / seeds;
     row.all_resident = row.all_resident && run.fullest.all_resident;
@@ -161,11 +158,9 @@ std::string ToTable(const EvalContext& context, const std::vector<EvalRow>& rows
       context.workload, context.requests, context.seeds.size(), rows.empty() ? 0 : rows.front().quality.tokens,
       "policy", "kv", "x", "exact", "fusion", "codec", "held MiB", "KL mean (spread)", "KL p99", "top-1", "ppl",
       "equal", "worst", "fuse %", "prefill", "decode");
-  bool simulated = false;
   for (const EvalRow& row : rows) {
-    simulated = simulated || row.setting.kv_type.simulated();
     const Quality& q = row.quality;
-    const std::string name = row.setting.kv_type.name() + (row.setting.kv_type.simulated() ? "*" : "");
+    const std::string name = row.setting.kv_type.name();
     const std::string kl = fmt::format("{:.4f} ({:.4f}-{:.4f})", q.kl_mean, row.kl_mean.min, row.kl_mean.max);
     const std::string equal = row.equal_token_share ? fmt::format("{:.3f}", *row.equal_token_share) : "-";
     const double share = row.step_s > 0 ? 100 * row.fusion_s / row.step_s : 0;
@@ -177,7 +172,6 @@ std::string ToTable(const EvalContext& context, const std::vector<EvalRow>& rows
         row.bytes_held / (1 << 20), kl, q.kl_p99, q.top1, q.ppl_ratio, equal, row.worst_nmse, share, row.prefill_tok_s,
         row.decode_tok_s);
   }
-  if (simulated) table += "\n* values rounded in place, bytes computed: this codec has no storage yet\n";
   if (std::ranges::any_of(rows, [](const EvalRow& row) { return !row.all_resident; })) {
     table += "\nnot all requests were resident at once: bytes are those of the step with the most resident tokens\n";
   }
@@ -191,8 +185,7 @@ std::vector<ParetoSeries> CurvesOf(const std::vector<EvalRow>& rows) {
     const bool bounded = fusion.policy == Policy::kBounded;
     const bool cosine = fusion.policy == Policy::kCosine;
     const std::string scope = cosine ? std::string(" ") + ScopeName(fusion) : "";
-    std::string name = joint::PolicyName(fusion.policy) + scope + ", " + row.setting.kv_type.name() +
-                       (row.setting.kv_type.simulated() ? " (simulated)" : "");
+    std::string name = joint::PolicyName(fusion.policy) + scope + ", " + row.setting.kv_type.name();
     const auto same = [&name](const ParetoSeries& curve) { return curve.name == name; };
     auto curve = std::ranges::find_if(curves, same);
     if (curve == curves.end()) curve = curves.insert(curves.end(), {.name = std::move(name), .points = {}});
@@ -231,13 +224,9 @@ std::string ToTable(const EvalContext& context, Task task, const std::vector<Tas
                                   "policy", "kv", "x", "right", "decode");
   for (const TaskRow& row : rows) {
     const double error = BinomialError(row.accuracy(), row.questions);
-    table += fmt::format("{:<24}{:>6}{:>8.2f}{:>20}{:>9.0f}\n", SettingName(row.setting),
-                         row.setting.kv_type.name() + (row.setting.kv_type.simulated() ? "*" : ""), row.compression,
-                         fmt::format("{:.1f} % +- {:.1f}", 100 * row.accuracy(), 100 * error), row.decode_tok_s);
-  }
-  const auto simulated = [](const TaskRow& row) { return row.setting.kv_type.simulated(); };
-  if (std::ranges::any_of(rows, simulated)) {
-    table += "\n* values rounded in place, bytes computed: this codec has no storage yet\n";
+    table += fmt::format("{:<24}{:>6}{:>8.2f}{:>20}{:>9.0f}\n", SettingName(row.setting), row.setting.kv_type.name(),
+                         row.compression, fmt::format("{:.1f} % +- {:.1f}", 100 * row.accuracy(), 100 * error),
+                         row.decode_tok_s);
   }
   return table;
 }

@@ -28,7 +28,7 @@ EvalRun Run(double kl, size_t logical, size_t held, size_t metadata) {
   return run;
 }
 
-EvalResult Result(KvType kv_type) {
+EvalResult Result(engine::KvType kv_type) {
   EvalResult result;
   result.setting.kv_type = kv_type;
   result.setting.fusion.policy = joint::Policy::kBounded;
@@ -54,20 +54,18 @@ TEST(EvalReportTest, FactorsMultiplyToTheCompression) {
   EXPECT_DOUBLE_EQ(*row.equal_token_share, 0.9);
 }
 
-TEST(EvalReportTest, SimulatedCodecsHaveComputedBytes) {
-  const KvType q4 = *ParseKvType("q4");
-  const EvalRow row = RowOf(Result(q4), Context());
+TEST(EvalReportTest, FusionIsWhatExactSharingAndTheCodecLeave) {
+  const EvalRow row = RowOf(Result(*engine::ParseKvType("q4")), Context());
   EXPECT_GT(row.codec_factor, 3);
-  EXPECT_NEAR(row.compression.mean, 5 * row.codec_factor, 1e-9);
-  EXPECT_NEAR(row.fusion_factor, 5, 1e-9);
-  EXPECT_NEAR(row.bytes_held, 900 / row.codec_factor, 1e-9);
+  EXPECT_DOUBLE_EQ(row.compression.mean, 5);
+  EXPECT_NEAR(row.fusion_factor * row.exact_factor * row.codec_factor, 5, 1e-9);
 }
 
 TEST(EvalReportTest, JsonTellsSettingsApart) {
   EvalResult cosine = Result({});
   cosine.setting.fusion.policy = joint::Policy::kCosine;
   cosine.setting.fusion.across_chunks = false;
-  EvalResult off = Result(*ParseKvType("q8"));
+  EvalResult off = Result(*engine::ParseKvType("q8"));
   off.setting.fusion.policy = joint::Policy::kOff;
   for (EvalRun& run : off.runs) run.fusion = {};
   std::vector<EvalRow> rows;
@@ -80,17 +78,17 @@ TEST(EvalReportTest, JsonTellsSettingsApart) {
   EXPECT_EQ(results[1]["cosine_scope"], "bff");
   EXPECT_TRUE(results[1]["budget"].is_null());
   EXPECT_TRUE(results[2]["equal_token_share"].is_null());
-  EXPECT_EQ(results[2]["simulated"], true);
+  EXPECT_EQ(results[2]["kv_type"], "q8");
   EXPECT_DOUBLE_EQ(results[0]["fusion_share"], 0.05);
 
   const std::string table = ToTable(Context(), rows);
-  for (const char* part : {"bounded 0.03", "cosine 0.7 bff", "q8*", "no storage yet"}) {
+  for (const char* part : {"bounded 0.03", "cosine 0.7 bff", "q8"}) {
     EXPECT_NE(table.find(part), std::string::npos) << part;
   }
   const std::vector<ParetoSeries> curves = CurvesOf(rows);
   ASSERT_EQ(curves.size(), 3U);
   EXPECT_EQ(curves[1].name, "cosine bff, bf16");
-  EXPECT_EQ(curves[2].name, "off, q8 (simulated)");
+  EXPECT_EQ(curves[2].name, "off, q8");
 }
 
 TEST(EvalReportTest, CurvesGatherTheSettingsOfAPolicy) {

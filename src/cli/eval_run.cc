@@ -163,20 +163,6 @@ Expected<EvalRun> ForcedRun::Run(const EvalProgress& progress) {
 
 }  // namespace
 
-std::string KvType::name() const { return simulated() ? codec::RoundingName(rounding) : codec::CodecName(storage); }
-
-double KvType::factor(int head_dim) const {
-  if (simulated()) return 2.0 * head_dim / codec::RoundedHeadBytes(rounding, head_dim);
-  return 2.0 / static_cast<double>(codec::ElementBytes(storage));
-}
-
-std::optional<KvType> ParseKvType(std::string_view name) {
-  if (const auto storage = codec::ParseCodec(name)) return KvType{.storage = *storage};
-  const auto rounding = codec::ParseRounding(name);
-  if (!rounding.has_value() || *rounding == codec::Rounding::kNone) return std::nullopt;
-  return KvType{.rounding = *rounding};
-}
-
 Fullest Fullest::Of(const Engine& engine) {
   const kv::KvStats kv = engine.kv_stats();
   return {.logical_bytes = kv.logical_bytes,
@@ -186,8 +172,7 @@ Fullest Fullest::Of(const Engine& engine) {
 
 engine::EngineOptions EvalSetting::Apply(engine::EngineOptions options) const {
   options.fusion = fusion;
-  options.kv_type = kv_type.storage;
-  options.kv_rounding = kv_type.rounding;
+  options.kv_type = {{.type = kv_type}};
   return options;
 }
 

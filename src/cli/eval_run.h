@@ -11,28 +11,13 @@
 #include "base/status.h"
 #include "cli/eval_stats.h"
 #include "cli/workloads.h"
-#include "codec/rounding.h"
 #include "engine/engine.h"
 
 namespace jointkv::cli {
 
-// The KV types of a list on the command line.
-struct KvType {
-  codec::Codec storage = codec::Codec::kBf16;
-  // A codec that has no storage yet: its values are rounded in place, its bytes computed.
-  codec::Rounding rounding = codec::Rounding::kNone;
-
-  std::string name() const;
-  bool simulated() const { return rounding != codec::Rounding::kNone; }
-  // 16-bit bytes / bytes in this codec.
-  double factor(int head_dim) const;
-};
-
-std::optional<KvType> ParseKvType(std::string_view name);
-
 struct EvalSetting {
   joint::FusionOptions fusion;
-  KvType kv_type;
+  engine::KvType kv_type;
 
   // The engine that has this setting and is otherwise like `options`.
   engine::EngineOptions Apply(engine::EngineOptions options) const;

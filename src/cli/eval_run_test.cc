@@ -23,7 +23,7 @@ std::unique_ptr<Engine> Load(int step_tokens = 64, size_t kv_bytes = size_t{32} 
   options.step_tokens = step_tokens;
   EvalSetting exact;
   exact.fusion.policy = joint::Policy::kOff;
-  exact.kv_type.storage = codec::Codec::kF32;
+  exact.kv_type = {codec::Codec::kF32, codec::Codec::kF32};
   Expected<std::unique_ptr<Engine>> loaded = Engine::Create(exact.Apply(options));
   EXPECT_TRUE(loaded.ok()) << loaded.status().message();
   return std::move(loaded).value();
@@ -126,20 +126,6 @@ TEST(RunForcedTest, RefusesWhatDoesNotFitTheContext) {
   const auto engine = Load();
   const Status status = RunForced(*engine, requests, exact, false, [](size_t, size_t) {}).status();
   EXPECT_EQ(status.code(), StatusCode::kOutOfRange);
-}
-
-TEST(KvTypeTest, KnowsNamesAndFactors) {
-  for (const char* name : {"bf16", "f16", "f32", "q8", "q4"}) {
-    const std::optional<KvType> type = ParseKvType(name);
-    ASSERT_TRUE(type.has_value()) << name;
-    EXPECT_EQ(type->name(), name);
-    EXPECT_EQ(type->simulated(), name[0] == 'q');
-  }
-  EXPECT_FALSE(ParseKvType("none").has_value());
-  EXPECT_FALSE(ParseKvType("q5").has_value());
-  EXPECT_EQ(ParseKvType("bf16")->factor(64), 1);
-  EXPECT_EQ(ParseKvType("f32")->factor(64), 0.5);
-  EXPECT_NEAR(ParseKvType("q4")->factor(64), 128 / codec::RoundedHeadBytes(codec::Rounding::kQ4, 64), 1e-12);
 }
 
 }  // namespace

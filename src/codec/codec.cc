@@ -9,12 +9,14 @@ const char* CodecName(Codec codec) {
     case Codec::kBf16: return "bf16";
     case Codec::kF16: return "f16";
     case Codec::kF32: return "f32";
+    case Codec::kQ8: return "q8";
+    case Codec::kQ4: return "q4";
   }
   return "?";
 }
 
 std::optional<Codec> ParseCodec(std::string_view name) {
-  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) {
+  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32, Codec::kQ8, Codec::kQ4}) {
     if (name == CodecName(codec)) return codec;
   }
   return std::nullopt;

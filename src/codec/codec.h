@@ -7,12 +7,20 @@
 #include <string_view>
 
 #include "base/bf16.h"
+#include "base/check.h"
 
 namespace jointkv::codec {
 
-enum class Codec : uint8_t { kBf16, kF16, kF32 };
+enum class Codec : uint8_t { kBf16, kF16, kF32, kQ8, kQ4 };
 
-constexpr size_t ElementBytes(Codec codec) { return codec == Codec::kF32 ? 4 : 2; }
+// Levels and one scale per head vector (see quantised.h) instead of elements that stand alone.
+constexpr bool IsQuantised(Codec codec) { return codec == Codec::kQ8 || codec == Codec::kQ4; }
+
+// Not for quantised codecs.
+constexpr size_t ElementBytes(Codec codec) {
+  CHECK(!IsQuantised(codec));
+  return codec == Codec::kF32 ? 4 : 2;
+}
 
 const char* CodecName(Codec codec);
 std::optional<Codec> ParseCodec(std::string_view name);

@@ -130,8 +130,10 @@ INSTANTIATE_TEST_SUITE_P(Codec, HalfFormats, testing::Values(kF16Format, kBf16Fo
                          [](const auto& param) { return param.param.mantissa_bits == 10 ? "F16" : "Bf16"; });
 
 TEST(Codec, NamesGoBothWays) {
-  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32}) EXPECT_EQ(ParseCodec(CodecName(codec)), codec);
-  for (const std::string_view name : {"", "bf", "bf166", "BF16", "q8"}) EXPECT_EQ(ParseCodec(name), std::nullopt);
+  for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32, Codec::kQ8, Codec::kQ4})
+    EXPECT_EQ(ParseCodec(CodecName(codec)), codec);
+  for (const std::string_view name : {"", "bf", "bf166", "BF16", "Q8", "q4_0"})
+    EXPECT_EQ(ParseCodec(name), std::nullopt);
 }
 
 }  // namespace

@@ -8,12 +8,18 @@
 //   V, bf16      [cap/2 token pairs][hd channels][2]   a lane is a channel, its 32 bits two tokens
 //   K, f16, f32  [hd channels][cap tokens]             channel order: pair 0 first, pair 0 second, pair 1 first, ...
 //   V, f16, f32  [cap tokens][hd channels]
+//   K and V, q4  [hd/2 channel pairs][cap tokens]      a byte is a pair: low nibble first; then [cap] bf16 scales
+//   K, q8        [hd channels][cap tokens]             int8; then [cap] bf16 scales
+//   V, q8        [cap tokens][hd channels]             int8; then [cap] bf16 scales
+//
+// V of q4 lies as K does, because both leave the inverse transform with a lane per token (see quantised.h).
 //
 // A channel pair is a RoPE pair (dense/rope.h), whatever two channels of the model's head vector those are.
 #pragma once
 
 #include <cstddef>
 
+#include "base/check.h"
 #include "base/checked.h"
 #include "codec/codec.h"
 
@@ -30,14 +36,23 @@ struct BlockLayout {
   int head_dim = 0;
   Codec codec = Codec::kBf16;
 
-  size_t head_bytes(int cap) const { return static_cast<size_t>(cap) * head_dim * ElementBytes(codec); }
+  size_t head_bytes(int cap) const {
+    const size_t tokens = cap;
+    if (codec == Codec::kQ4) return tokens * (head_dim / 2 + sizeof(uint16_t));
+    if (codec == Codec::kQ8) return tokens * (head_dim + sizeof(uint16_t));
+    return tokens * head_dim * ElementBytes(codec);
+  }
   size_t head_offset(int head, int cap) const { return head * head_bytes(cap); }
-  // Bytes of a block of kClassStep tokens, padded to a cache line. A block of cap tokens has cap / kClassStep granules.
+  // Bytes of a block of kClassStep tokens, padded to a cache line. A block of cap tokens has cap / kClassStep granules,
+  // unless its codec is a quantised one: then it is padded as a whole.
   size_t granule_bytes() const { return RoundUp<size_t>(n_kv_heads * head_bytes(kClassStep), 64); }
-  size_t block_bytes(int cap) const { return granule_bytes() * (cap / kClassStep); }
+  size_t block_bytes(int cap) const {
+    if (IsQuantised(codec)) return RoundUp<size_t>(n_kv_heads * head_bytes(cap), 64);
+    return granule_bytes() * (cap / kClassStep);
+  }
 
-  // Byte offset of one element inside its block. `channel` counts in pair order: 2 * pair + (0 first, 1 second) for K,
-  // the model's own channel for V.
+  // Byte offset of one element inside its block, for codecs that are not quantised. `channel` counts in pair order:
+  // 2 * pair + (0 first, 1 second) for K, the model's own channel for V.
   size_t offset(Kind kind, int head, int token, int channel, int cap) const {
     const size_t t = token;
     const size_t c = channel;

@@ -38,10 +38,6 @@ Status ResolveFusion(EngineOptions& options) {
     return {StatusCode::kOutOfRange,
             "kv-threshold " + std::to_string(fusion.threshold) + ": must be more than 0, at most 1"};
   }
-  if (fusion.policy == joint::Policy::kCosine && options.kv_rounding != codec::Rounding::kNone) {
-    return {StatusCode::kUnsupported, std::string("kv-type ") + codec::RoundingName(options.kv_rounding) +
-                                          ": is not simulated under the cosine policy"};
-  }
   return Status::Ok();
 }
 
@@ -99,13 +95,20 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
     piece_bytes = std::max(piece_bytes, engine->tokenizer_->Piece(token).size());
   }
   const bool f32 = engine->model_->precision() == dense::Precision::kF32 && engine->file_->quantization() == "f32";
-  const codec::Codec codec = options.kv_type.value_or(f32 ? codec::Codec::kF32 : codec::Codec::kBf16);
+  kv::KvShape shape = engine->model_->CacheShape(codec::Codec::kBf16);
+  ASSIGN_OR_RETURN(KvCodecs codecs,
+                   ResolveKvTypes(options.kv_type, shape.n_layers(), f32 ? codec::Codec::kF32 : codec::Codec::kBf16));
+  if (engine->options_.fusion.policy == joint::Policy::kCosine && !codecs.sealed.empty()) {
+    return Status(StatusCode::kUnsupported, "kv-type: q8 and q4 cannot be used with kv-fusion cosine");
+  }
+  shape.layout.codec = codecs.written;
+  shape.sealed = std::move(codecs.sealed);
   kv::KvCache::Options kv_options;
   kv_options.cap_bytes = options.kv_bytes == 0 ? AvailableMemoryBytes() / 3 : options.kv_bytes;
   kv_options.prefix_cache = options.prefix_cache;
   joint::ShapeStore(engine->options_.fusion, kv_options);
   ASSIGN_OR_RETURN(engine->cache_,
-                   kv::KvCache::Create(engine->model_->CacheShape(codec),
+                   kv::KvCache::Create(std::move(shape),
                                        joint::CutterFor(engine->options_.fusion, std::move(ends_block)), kv_options));
   engine->model_->Bind(*engine->cache_);
   std::vector<const dense::RopeTable*> rope;
@@ -113,8 +116,8 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
     rope.push_back(&engine->model_->RopeOfLayer(layer));
   }
   engine->kept_share_ = KeptShare(kKeptWindowBlocks * engine->cache_->shape().n_tables());
-  engine->fusion_ = std::make_unique<joint::Fusion>(engine->options_.fusion, options.kv_rounding, std::move(rope),
-                                                    *engine->cache_, *engine->pool_);
+  engine->fusion_ =
+      std::make_unique<joint::Fusion>(engine->options_.fusion, std::move(rope), *engine->cache_, *engine->pool_);
 
   const int n_vocab = engine->model_->n_vocab();
   const int logit_rows_max = options.max_running + kPromptLogitRows;

@@ -17,6 +17,7 @@
 #include "base/thread_pool.h"
 #include "engine/block_map.h"
 #include "engine/kept_share.h"
+#include "engine/kv_type.h"
 #include "engine/request.h"
 #include "gguf/gguf_file.h"
 #include "joint/fusion.h"
@@ -28,15 +29,14 @@ namespace jointkv::engine {
 
 struct EngineOptions {
   std::string model_path;
-  int threads = 0;                      // 0: one per available core
-  size_t kv_bytes = 0;                  // 0: a third of the memory that is free after loading
-  std::optional<codec::Codec> kv_type;  // none: f32 for an f32 model, else bf16
+  int threads = 0;                  // 0: one per available core
+  size_t kv_bytes = 0;              // 0: a third of the memory that is free after loading
+  std::vector<KvTypeRule> kv_type;  // none: f32 for an f32 model, else bf16
   bool prefix_cache = true;
   joint::FusionOptions fusion;
-  codec::Rounding kv_rounding = codec::Rounding::kNone;  // evaluation only: what a coarser codec would do to quality
-  int max_running = 64;                                  // sequences decoding or prefilling at once
-  int step_tokens = 512;                                 // rows of one step
-  int max_context = 0;                                   // tokens of one sequence; 0: what the model was trained for
+  int max_running = 64;   // sequences decoding or prefilling at once
+  int step_tokens = 512;  // rows of one step
+  int max_context = 0;    // tokens of one sequence; 0: what the model was trained for
   bool deterministic = false;
   std::optional<dense::Precision> precision;
   std::optional<int> quantised_rows;

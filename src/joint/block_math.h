@@ -1,7 +1,7 @@
 // Arithmetic on whole stored blocks, in the layout that they lie in (codec/layout.h): distances, blends, sums.
 //
-// All work on the first `tokens` of `cap` tokens; what lies past them is read (it is finite) and never counts.
-// Threads: any. Fails how: never.
+// Blocks are of 16- or 32-bit codecs. All work on the first `tokens` of `cap` tokens; what lies past them is read (it
+// is finite) and never counts. Threads: any. Fails how: never.
 #pragma once
 
 #include <cstddef>

@@ -7,6 +7,8 @@
 
 #include "base/clock.h"
 #include "base/hash.h"
+#include "codec/block_io.h"
+#include "codec/quantised.h"
 #include "joint/block_math.h"
 
 namespace jointkv::joint {
@@ -20,18 +22,20 @@ Kind KindOf(int table) { return static_cast<Kind>(table % 2); }
 
 }  // namespace
 
-Fusion::Fusion(const FusionOptions& options, codec::Rounding rounding, std::vector<const dense::RopeTable*> rope,
-               kv::KvCache& cache, ThreadPool& pool)
+Fusion::Fusion(const FusionOptions& options, std::vector<const dense::RopeTable*> rope, kv::KvCache& cache,
+               ThreadPool& pool)
     : options_(options),
-      rounding_(rounding),
       cache_(cache),
       pool_(pool),
+      written_(cache.shape().layout.codec),
       statistics_(cache.shape().layout, std::move(rope)),
       representatives_(cache.shape().n_tables(), cache.total_blocks(), RandomKey()),
       sketches_(cache.shape().layout, cache.shape().n_tables()),
       cosine_(options, cache, pool),
       inverse_energy_(cache.shape().n_tables()),
-      scratch_(cache.shape().layout.block_bytes(codec::kBlockTokensMax) * pool.size()) {}
+      scratch_(3 * cache.shape().layout.block_bytes(codec::kBlockTokensMax) * pool.size()) {
+  for (const codec::Codec codec : cache.shape().sealed) encodes_ = encodes_ || codec != written_;
+}
 
 kv::BlockCutter CutterFor(const FusionOptions& options, std::vector<uint8_t> ends_block) {
   return options.policy == Policy::kCosine ? kv::BlockCutter::Grid(Cosine::kGridTokens)
@@ -43,8 +47,7 @@ void ShapeStore(const FusionOptions& options, kv::KvCache::Options& store) {
 }
 
 kv::KvCache::Sharing Fusion::SharingOf(bool request_allows) const {
-  const bool lossy = (request_allows && enabled()) || rounding_ != codec::Rounding::kNone;
-  return lossy ? kv::KvCache::Sharing::kLossy : kv::KvCache::Sharing::kExact;
+  return request_allows && enabled() ? kv::KvCache::Sharing::kLossy : kv::KvCache::Sharing::kExact;
 }
 
 void Fusion::DropReleased() {
@@ -62,12 +65,12 @@ void Fusion::DropReleased() {
 
 void Fusion::OnSealed(SequenceId sequence, kv::SealedRange range, Phase phase) {
   DropReleased();
-  if (!cache_.lossy(sequence)) return;
+  fuses_ = enabled() && cache_.lossy(sequence);
   const double start_s = MonotonicSeconds();
   if (options_.policy == Policy::kCosine) {
     const bool meets = phase == Phase::kEntersDecode && options_.across_requests;
-    if (enabled() && (range.first != range.last || meets)) cosine_.OnSealed(sequence, range, phase, stats_);
-  } else if (range.first != range.last && (enabled() || rounding_ != codec::Rounding::kNone)) {
+    if (fuses_ && (range.first != range.last || meets)) cosine_.OnSealed(sequence, range, phase, stats_);
+  } else if (range.first != range.last && (fuses_ || encodes_)) {
     EncodeBounded(sequence, range);
   }
   stats_.fusion_s += MonotonicSeconds() - start_s;
@@ -78,8 +81,12 @@ void Fusion::EncodeBounded(SequenceId sequence, kv::SealedRange range) {
   const int n_tables = cache_.shape().n_tables();
   const size_t n = sealed_.size();
   decisions_.assign(n_tables * n, Decision());
+  pool_.ParallelFor(n_tables, [&](int table, int) { Measure(sequence, table); });
+  FixScales();
   pool_.ParallelFor(n_tables, [&](int table, int thread) {
-    std::byte* scratch = scratch_.data() + scratch_.size() / pool_.size() * thread;
+    const size_t bytes = scratch_.size() / pool_.size() / 3;
+    std::byte* first = scratch_.data() + 3 * bytes * thread;
+    const Scratch scratch = {first, first + bytes, first + 2 * bytes};
     for (size_t i = 0; i < n; ++i) decisions_[table * n + i] = Decide(sequence, table, sealed_[i], scratch);
   });
   // All bytes are freed before those that stay are moved into the gaps.
@@ -89,11 +96,39 @@ void Fusion::EncodeBounded(SequenceId sequence, kv::SealedRange range) {
   for (int table = 0; table < n_tables; ++table) {
     for (size_t i = 0; i < n; ++i) Keep(sequence, table, sealed_[i], decisions_[table * n + i]);
   }
-  for (const Sealed& sealed : sealed_) representatives_.Settle(sealed.group);
-  for (int table = 0; table < n_tables; ++table) {
+  for (const Sealed& sealed : sealed_) {
+    if (sealed.group.valid()) representatives_.Settle(sealed.group);
+  }
+}
+
+void Fusion::Measure(SequenceId sequence, int table) {
+  for (const Sealed& sealed : sealed_) {
+    if (statistics_.full(table)) return;
+    if (!cache_.Owned(sequence, table, sealed.index)) continue;
+    const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
+    const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
+    if (cache_.watched(own) || cache_.codec(own) != cache_.shape().layout.codec) continue;
+    statistics_.Add(table, KindOf(table), cache_.data(own), block.cap, block.start - block.base,
+                    block.start == 0 ? 1 : 0, block.tokens);
+  }
+}
+
+void Fusion::FixScales() {
+  for (int table = 0; table < cache_.shape().n_tables(); ++table) {
     if (inverse_energy_[table] > 0 || !statistics_.full(table)) continue;
     const double energy = statistics_.energy(table);
     inverse_energy_[table] = energy > 0 ? static_cast<float>(1 / energy) : std::numeric_limits<float>::max();
+    const codec::BlockLayout& layout = cache_.shape().layout;
+    if (KindOf(table) != Kind::kK || cache_.shape().sealed_codec(table) == layout.codec) continue;
+    std::vector<float> mean;
+    statistics_.Mean(table, Kind::kK, 0, codec::kBlockTokensMax, mean);
+    std::vector<std::byte> block(layout.block_bytes(codec::kBlockTokensMax));
+    const size_t width = mean.size() / codec::kBlockTokensMax;
+    for (int token = 0; token < codec::kBlockTokensMax; ++token) {
+      codec::StoreToken(layout, Kind::kK, block.data(), codec::kBlockTokensMax, token,
+                        std::span(mean).subspan(token * width, width));
+    }
+    cache_.SetKeyMean(table / 2, std::move(block));
   }
 }
 
@@ -103,40 +138,76 @@ void Fusion::CollectSealed(SequenceId sequence, kv::SealedRange range) {
   const auto tokens = cache_.tokens(sequence);
   for (int index = range.first; index < range.last; ++index) {
     const kv::LogicalBlock& block = blocks[index];
-    sealed_.push_back(
-        {index, representatives_.Find(cache_.domain(sequence), tokens.subspan(block.start, block.tokens), block.cap)});
+    const auto content = tokens.subspan(block.start, block.tokens);
+    sealed_.push_back({index, fuses_ ? representatives_.Find(cache_.domain(sequence), content, block.cap) : GroupId()});
   }
 }
 
-Fusion::Decision Fusion::Decide(SequenceId sequence, int table, const Sealed& sealed, std::byte* scratch) {
+Fusion::Decision Fusion::Decide(SequenceId sequence, int table, const Sealed& sealed, const Scratch& scratch) {
   Decision decision;
-  if (!cache_.Redirectable(sequence, table, sealed.index)) return decision;
+  if (!cache_.Owned(sequence, table, sealed.index)) return decision;
   const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
   const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
-  if (cache_.watched(own)) return decision;  // a representative already: the sequence took a known block
+  // Listed or encoded already: the sequence took a known block.
+  if (cache_.watched(own) || cache_.codec(own) != cache_.shape().layout.codec) return decision;
   std::byte* data = cache_.data(own);
-  if (!statistics_.full(table)) {
-    statistics_.Add(table, KindOf(table), data, block.cap, block.start - block.base, block.start == 0 ? 1 : 0,
-                    block.tokens);
-  }
-  if (enabled() && inverse_energy_[table] > 0) {
+  if (fuses_ && inverse_energy_[table] > 0) {
     decision = Join(table, sealed.group, data, block, scratch);
     if (decision.kind == Decision::Kind::kFuse) return decision;
   }
   decision.kind = Decision::Kind::kStay;
-  if (rounding_ != codec::Rounding::kNone) {
-    const size_t bytes = cache_.shape().layout.block_bytes(block.cap);
-    std::memcpy(scratch, data, bytes);
-    Round(table, data, block.cap, block.start - block.base, block.tokens);
-    decision.bound = static_cast<float>(Between(table, scratch, data, block.cap, block.tokens));
+  decision.listed = fuses_;
+  const Sketches::Shape shape = fuses_ && options_.similarity ? ShapeOf(sealed.group) : Sketches::Shape();
+  if (fuses_ && options_.similarity && decision.sketch == Sketches::Sketch()) {
+    decision.sketch = sketches_.Of(KindOf(table), data, shape);
   }
-  representatives_.Add(sealed.group, table, own, decision.bound);
-  if (options_.similarity) {
-    const Sketches::Shape shape = ShapeOf(sealed.group);
-    if (decision.sketch == Sketches::Sketch()) decision.sketch = sketches_.Of(KindOf(table), data, shape);
-    sketches_.Add(table, shape, own, decision.sketch);
+  decision.codec = CodecOf(table, block);
+  if (decision.codec != written_) {
+    Encode(table, decision.codec, data, block.cap, block.tokens, scratch.encoded);
+    if (decision.listed) {
+      Decode(table, decision.codec, scratch.encoded, block.cap, scratch.blend);
+      decision.bound = static_cast<float>(Between(table, data, scratch.blend, block.cap, block.tokens));
+    }
+    std::memcpy(data, scratch.encoded, BytesIn(decision.codec, block.cap));
   }
+  if (!decision.listed) return decision;
+  representatives_.Add(sealed.group, table, own, decision.bound, decision.codec);
+  if (options_.similarity) sketches_.Add(table, shape, own, decision.sketch);
   return decision;
+}
+
+// Many models park huge values at a sequence's first token, on which all later ones rest: its block never takes the
+// coarsest codec.
+codec::Codec Fusion::CodecOf(int table, const kv::LogicalBlock& block) const {
+  const codec::Codec codec = cache_.shape().sealed_codec(table);
+  if (codec == written_ || !(inverse_energy_[table] > 0)) return written_;
+  return block.start == 0 && codec == codec::Codec::kQ4 ? codec::Codec::kQ8 : codec;
+}
+
+size_t Fusion::BytesIn(codec::Codec codec, int cap) const {
+  codec::BlockLayout layout = cache_.shape().layout;
+  layout.codec = codec;
+  return layout.block_bytes(cap);
+}
+
+const std::byte* Fusion::Mean(int table) const {
+  return KindOf(table) == Kind::kK ? cache_.key_mean(table / 2) : nullptr;
+}
+
+void Fusion::Encode(int table, codec::Codec to, const std::byte* block, int cap, int tokens, std::byte* out) const {
+  codec::EncodeBlock(cache_.shape().layout, KindOf(table), to, block, cap, tokens, Mean(table), out);
+}
+
+void Fusion::Decode(int table, codec::Codec from, const std::byte* encoded, int cap, std::byte* out) const {
+  codec::DecodeBlock(cache_.shape().layout, KindOf(table), from, encoded, cap, Mean(table), out);
+}
+
+const std::byte* Fusion::Values(int table, BlockId representative, int cap, std::byte* scratch) const {
+  const std::byte* data = cache_.data(representative);
+  const codec::Codec codec = representatives_[representative].codec;
+  if (codec == written_) return data;
+  Decode(table, codec, data, cap, scratch);
+  return scratch;
 }
 
 double Fusion::Distance(int table, std::span<const float, codec::kBlockTokensMax> squares, int tokens) const {
@@ -151,24 +222,19 @@ double Fusion::Between(int table, const std::byte* a, const std::byte* b, int ca
   return Distance(table, squares, tokens);
 }
 
-void Fusion::Round(int table, std::byte* block, int cap, int base, int tokens) const {
-  std::vector<float> mean;
-  statistics_.Mean(table, KindOf(table), base, tokens, mean);
-  codec::RoundBlock(cache_.shape().layout, KindOf(table), rounding_, mean, block, cap, tokens);
-}
-
 Sketches::Shape Fusion::ShapeOf(GroupId group) const {
   return {representatives_.domain(group), representatives_.cap(group),
           static_cast<int>(representatives_.tokens(group).size())};
 }
 
 double Fusion::Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
-                       Decision& decision) const {
+                       const Scratch& scratch, Decision& decision) const {
   const double limit = std::sqrt(static_cast<double>(options_.budget));
   double distance = limit;
   const auto test = [&](BlockId candidate) {
-    const double d = Between(table, data, cache_.data(candidate), block.cap, block.tokens);
-    // Written so that what is not a number never fits. A rounded block may be beyond the budget of its own original.
+    const std::byte* values = Values(table, candidate, block.cap, scratch.candidate);
+    const double d = Between(table, data, values, block.cap, block.tokens);
+    // Written so that what is not a number never fits. An encoded block may be beyond the budget of its own original.
     if (!(d <= distance) || representatives_[candidate].bound > limit * (1 + 1e-6)) return;
     distance = d;
     decision.target = candidate;
@@ -196,30 +262,35 @@ double Fusion::Nearest(int table, GroupId group, const std::byte* data, const kv
 // worst member allows: a step s takes every old member at most s farther away (triangle inequality), and brings the new
 // one as much nearer.
 Fusion::Decision Fusion::Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
-                              std::byte* scratch) {
+                              const Scratch& scratch) {
   const double limit = std::sqrt(static_cast<double>(options_.budget));
   const int cap = block.cap;
   const int tokens = block.tokens;
   Decision decision;
-  const double distance = Nearest(table, group, data, block, decision);
+  const double distance = Nearest(table, group, data, block, scratch, decision);
   if (!decision.target.valid()) return decision;
   decision.kind = Decision::Kind::kFuse;
 
   Representative& record = representatives_[decision.target];
   ++record.weight;
-  std::byte* mean = cache_.data(decision.target);
+  const std::byte* mean = Values(table, decision.target, cap, scratch.candidate);
   double bound = std::max<double>(record.bound, distance);
   const double step = std::min(distance / record.weight, limit - record.bound);
   if (step > 0) {
     const auto weight = static_cast<float>(step / distance);
-    Blend(cache_.shape().layout, mean, 1 - weight, data, weight, cap, scratch);
-    if (rounding_ != codec::Rounding::kNone) Round(table, scratch, cap, block.start - block.base, tokens);
+    Blend(cache_.shape().layout, mean, 1 - weight, data, weight, cap, scratch.blend);
+    const std::byte* stored = scratch.blend;
+    if (record.codec != written_) {
+      Encode(table, record.codec, scratch.blend, cap, tokens, scratch.encoded);
+      Decode(table, record.codec, scratch.encoded, cap, scratch.blend);
+      stored = scratch.encoded;
+    }
     // What was really done, after rounding to the codec.
-    const double moved = Between(table, mean, scratch, cap, tokens);
-    const double left = Between(table, data, scratch, cap, tokens);
+    const double moved = Between(table, mean, scratch.blend, cap, tokens);
+    const double left = Between(table, data, scratch.blend, cap, tokens);
     const double moved_bound = std::max(record.bound + moved, left);
     if (moved_bound <= limit) {
-      std::memcpy(mean, scratch, cache_.shape().layout.block_bytes(cap));
+      std::memcpy(cache_.data(decision.target), stored, BytesIn(record.codec, cap));
       bound = moved_bound;
     }
   }
@@ -239,8 +310,14 @@ void Fusion::Redirect(SequenceId sequence, int table, const Sealed& sealed, cons
 
 void Fusion::Keep(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision) {
   if (decision.kind != Decision::Kind::kStay) return;
-  ++stats_.offered;
+  stats_.offered += decision.listed;
   stats_.rejected += decision.rejected;
+  if (decision.codec != written_) {
+    const BlockId moved = MoveEncoded(sequence, table, sealed, decision);
+    if (decision.listed) cache_.Watch(moved);
+    return;
+  }
+  if (!decision.listed) return;
   BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
   if (cache_.Redirectable(sequence, table, sealed.index)) {  // else a block of this very call was fused with it
     const BlockId moved = cache_.MoveDown(sequence, table, sealed.index);
@@ -251,6 +328,27 @@ void Fusion::Keep(SequenceId sequence, int table, const Sealed& sealed, const De
     own = moved;
   }
   cache_.Watch(own);
+}
+
+// A block that holds its encoded form moves to a place of that size. Without one it is decoded again and stays.
+BlockId Fusion::MoveEncoded(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision) {
+  const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
+  std::byte* data = cache_.data(own);
+  const int cap = cache_.blocks(sequence)[sealed.index].cap;
+  const BlockId moved = cache_.Encode(sequence, table, sealed.index, decision.codec, data);
+  if (!moved.valid()) {
+    ++stats_.unencoded;
+    Decode(table, decision.codec, data, cap, scratch_.data());
+    std::memcpy(data, scratch_.data(), cache_.shape().layout.block_bytes(cap));
+    if (decision.listed) representatives_[own].codec = written_;
+    return own;
+  }
+  ++stats_.encoded;
+  if (decision.listed) {
+    representatives_.Rename(own, moved);
+    if (options_.similarity) sketches_.Rename(table, ShapeOf(sealed.group), own, moved);
+  }
+  return moved;
 }
 
 FusionStats Fusion::stats() const {

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "base/thread_pool.h"
-#include "codec/rounding.h"
 #include "joint/cosine.h"
 #include "joint/policy.h"
 #include "joint/representatives.h"
@@ -26,10 +25,8 @@ void ShapeStore(const FusionOptions& options, kv::KvCache::Options& store);
 
 class Fusion {
  public:
-  // The store and the tables that its keys are rotated with (by layer; null: not rotated) must outlive it. rounding:
-  // what private blocks are rounded to once sealed, for evaluations.
-  Fusion(const FusionOptions& options, codec::Rounding rounding, std::vector<const dense::RopeTable*> rope,
-         kv::KvCache& cache, ThreadPool& pool);
+  // The store and the tables that its keys are rotated with (by layer; null: not rotated) must outlive it.
+  Fusion(const FusionOptions& options, std::vector<const dense::RopeTable*> rope, kv::KvCache& cache, ThreadPool& pool);
 
   // How a new sequence is to be created.
   kv::KvCache::Sharing SharingOf(bool request_allows) const;
@@ -39,9 +36,9 @@ class Fusion {
 
   // Whether a prompt's blocks are best offered all at once when its last one is sealed (sooner where memory is short):
   // the rest of the prompt is then computed from exact blocks.
-  bool waits_for_prompt() const {
-    return enabled() && options_.policy == Policy::kBounded && rounding_ == codec::Rounding::kNone;
-  }
+  bool waits_for_prompt() const { return encodes_ || (enabled() && options_.policy == Policy::kBounded); }
+  // Whether sealed blocks are encoded, fused or not.
+  bool encodes() const { return encodes_; }
 
   // Forgets representatives whose last owner is gone. OnSealed begins with it.
   void DropReleased();
@@ -66,7 +63,16 @@ class Fusion {
     bool equal_tokens = false;     // kFuse
     Sketches::Sketch sketch = {};  // kStay, with `similarity`
     bool rejected = false;         // kStay: had candidates
-    float bound = 0;               // the member's (kFuse), or the block's own distance to what it was (kStay)
+    bool listed = false;           // kStay: stands for others from now on
+    // kStay: what its bytes are in. If that is not what the store allocated, it is still to be moved to such a place.
+    codec::Codec codec = codec::Codec::kBf16;
+    float bound = 0;  // the member's (kFuse), or the block's own distance to what it was (kStay)
+  };
+  // Of one thread: three blocks.
+  struct Scratch {
+    std::byte* candidate = nullptr;  // a representative, decoded
+    std::byte* blend = nullptr;
+    std::byte* encoded = nullptr;
   };
   struct Sealed {
     int index = 0;  // logical block
@@ -75,24 +81,38 @@ class Fusion {
 
   void EncodeBounded(SequenceId sequence, kv::SealedRange range);
   void CollectSealed(SequenceId sequence, kv::SealedRange range);
-  Decision Decide(SequenceId sequence, int table, const Sealed& sealed, std::byte* scratch);
-  Decision Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, std::byte* scratch);
+  // Takes part in the statistics of its table, while those last.
+  void Measure(SequenceId sequence, int table);
+  // Fixes what all statistics have come to that are complete.
+  void FixScales();
+  Decision Decide(SequenceId sequence, int table, const Sealed& sealed, const Scratch& scratch);
+  Decision Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch);
+  // What a block that stays is to be in.
+  codec::Codec CodecOf(int table, const kv::LogicalBlock& block) const;
+  BlockId MoveEncoded(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
   // The representative that is nearest within the budget, and how far it is. Sets what else it learns in `decision`.
-  double Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
+  double Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch,
                  Decision& decision) const;
+  // What a representative stands for: its block, or that decoded into `scratch`.
+  const std::byte* Values(int table, BlockId representative, int cap, std::byte* scratch) const;
+  void Encode(int table, codec::Codec to, const std::byte* block, int cap, int tokens, std::byte* out) const;
+  void Decode(int table, codec::Codec from, const std::byte* encoded, int cap, std::byte* out) const;
+  size_t BytesIn(codec::Codec codec, int cap) const;  // of a block
+  const std::byte* Mean(int table) const;
   Sketches::Shape ShapeOf(GroupId group) const;
   // Distance in the policy's measure: sqrt(NMSE).
   double Distance(int table, std::span<const float, codec::kBlockTokensMax> squares, int tokens) const;
   double Between(int table, const std::byte* a, const std::byte* b, int cap, int tokens) const;
-  void Round(int table, std::byte* block, int cap, int base, int tokens) const;
   void Redirect(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
   void Keep(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
 
   FusionOptions options_;
-  codec::Rounding rounding_;
   kv::KvCache& cache_;
   ThreadPool& pool_;
   bool enabled_ = true;
+  bool encodes_ = false;
+  codec::Codec written_;  // what the forward pass leaves blocks in
+  bool fuses_ = false;    // the present call
   Statistics statistics_;
   Representatives representatives_;  // bounded
   Sketches sketches_;                // of them, with `similarity`
@@ -101,7 +121,7 @@ class Fusion {
   std::vector<Sealed> sealed_;         // the present call's
   std::vector<Decision> decisions_;    // (tables, sealed)
   std::vector<BlockId> released_;
-  std::vector<std::byte> scratch_;  // (threads, one block)
+  std::vector<std::byte> scratch_;  // (threads, three blocks)
   FusionStats stats_;
 };
 

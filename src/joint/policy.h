@@ -37,7 +37,9 @@ struct FusionStats {
   int64_t fused_equal_tokens = 0;  // of those, whose tokens are the representative's
   int64_t rejected = 0;            // had a candidate, but none within the bound
   double worst_nmse = 0;           // largest proven NMSE that any member may have had against its representative
-  double fusion_s = 0;             // lookup, test and merge
+  int64_t encoded = 0;             // blocks that stayed and were encoded
+  int64_t unencoded = 0;           // that stayed, and should have been, but there was no room to do it
+  double fusion_s = 0;             // lookup, test, merge and encoding
   int64_t representatives = 0;     // now
   size_t metadata_bytes = 0;       // now
 };

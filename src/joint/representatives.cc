@@ -40,9 +40,9 @@ GroupId Representatives::Find(DomainId domain, std::span<const TokenId> tokens, 
   return id;
 }
 
-void Representatives::Add(GroupId id, int table, BlockId block, float bound) {
+void Representatives::Add(GroupId id, int table, BlockId block, float bound, codec::Codec codec) {
   Group& group = groups_[id.index()];
-  records_[block.index()] = {id, group.first[table], bound, 1, table};
+  records_[block.index()] = {id, group.first[table], bound, 1, table, codec};
   group.first[table] = block;
   ++sizes_[table];
 }

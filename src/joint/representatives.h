@@ -15,6 +15,7 @@
 
 #include "base/ids.h"
 #include "base/lazy_array.h"
+#include "codec/codec.h"
 
 namespace jointkv::joint {
 
@@ -26,6 +27,7 @@ struct Representative {
   float bound = 0;     // proven: no member is farther away (the policy's measure)
   int32_t weight = 0;  // blocks that its mean is made of
   int32_t table = 0;
+  codec::Codec codec = codec::Codec::kBf16;  // of its bytes
 };
 
 class Representatives {
@@ -40,7 +42,7 @@ class Representatives {
   Representative& operator[](BlockId block) { return records_[block.index()]; }
   const Representative& operator[](BlockId block) const { return records_[block.index()]; }
 
-  void Add(GroupId group, int table, BlockId block, float bound);
+  void Add(GroupId group, int table, BlockId block, float bound, codec::Codec codec = codec::Codec::kBf16);
   // The block has moved.
   void Rename(BlockId from, BlockId to);
   // The block is gone.

@@ -1,15 +1,15 @@
 // Arena: all KV bytes of the server, below a hard cap.
 //
-// One address range, cut into granules (4 tokens of K or V of one layer); kSlabGranules granules form a slab; a slab
-// serves one size class at a time and goes back when its last block is freed. Of the slabs with room the lowest is
-// filled first, so that the highest run empty. A BlockId is the index of a block's first
-// granule, so address = base + id * granule_bytes and no table stands between a kernel and its bytes.
+// One address range, cut into slabs; a slab serves one size class at a time and goes back when its last block is freed.
+// Of the slabs with room the lowest is filled first, so that the highest run empty. A BlockId names a slab and a slot
+// in it; the slab knows its class, so a block's address, size and class follow from its id.
 //
-// Threads: one (the engine's); the bytes themselves may be used by many. Owns: the address range.
-// Fails how: Allocate returns an invalid id when no slab is left; nothing else can fail.
+// Threads: one (the engine's); the bytes themselves may be used by many, and data, class_of and block_bytes be asked.
+// Owns: the address range. Fails how: Allocate returns an invalid id when no slab is left; nothing else can fail.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <vector>
@@ -20,52 +20,62 @@
 
 namespace jointkv::kv {
 
-// Divisible by 1..6 and 8, so that only class 7 (28 tokens) wastes a granule per slab.
+// A slab holds so many of the smallest blocks of 16- and 32-bit elements. Divisible by 1..6 and 8, so that of these
+// classes only the seventh (28 tokens) leaves room.
 inline constexpr int kSlabGranules = 120;
 
 class Arena {
  public:
-  // Reserves (does not touch) cap_bytes, rounded down to whole slabs. kInvalidArgument when not even one slab fits.
-  static Expected<std::unique_ptr<Arena>> Create(size_t cap_bytes, size_t granule_bytes);
+  // class_bytes: size of a block, by class; multiples of 64 and no larger than a slab. Reserves (does not touch)
+  // cap_bytes, rounded down to whole slabs. kInvalidArgument when not even one slab fits.
+  static Expected<std::unique_ptr<Arena>> Create(size_t cap_bytes, size_t slab_bytes,
+                                                 std::span<const size_t> class_bytes);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  // A block of `granules` (1..8) contiguous granules. Contents are whatever was there.
-  BlockId Allocate(int granules);
-  void Free(BlockId block, int granules);
+  // Contents are whatever was there.
+  BlockId Allocate(int block_class);
+  void Free(BlockId block);
 
-  // Whether the next block of this size would lie in a lower slab than `block`.
-  bool HasRoomBelow(BlockId block, int granules) {
-    const int slab = partial_[granules - 1].Lowest();
-    return slab >= 0 && slab < block.value / kSlabGranules;
+  // Whether the next block of this one's class would lie in a lower slab.
+  bool HasRoomBelow(BlockId block) {
+    const int slab = partial_[class_of(block)].Lowest();
+    return slab >= 0 && slab < block.value >> kSlotBits;
   }
 
-  // Whether needed[g] blocks of g + 1 granules each could all be allocated now.
-  bool CanAllocate(std::span<const int, codec::kClasses> needed) const;
+  // Whether needed[c] blocks of each class c (of the first needed.size()) could all be allocated now, and `spare_slabs`
+  // slabs be left free.
+  bool CanAllocate(std::span<const int> needed, int spare_slabs = 0) const;
 
-  std::byte* data(BlockId block) const { return base_ + static_cast<size_t>(block.value) * granule_bytes_; }
+  std::byte* data(BlockId block) const {
+    const int slab = block.value >> kSlotBits;
+    return base_ + slab * slab_bytes_ + static_cast<size_t>(block.value & (kSlotsMax - 1)) * slabs_[slab].block_bytes;
+  }
+  int class_of(BlockId block) const { return slabs_[block.value >> kSlotBits].block_class; }
+  size_t block_bytes(BlockId block) const { return slabs_[block.value >> kSlotBits].block_bytes; }
 
-  size_t granule_bytes() const { return granule_bytes_; }
-  size_t slab_bytes() const { return granule_bytes_ * kSlabGranules; }
-  size_t capacity_bytes() const { return slabs_.size() * slab_bytes(); }
-  size_t held_bytes() const { return (slabs_.size() - free_slabs_.size()) * slab_bytes(); }  // whole slabs
-  size_t used_bytes() const { return used_granules_ * granule_bytes_; }                      // blocks only
+  size_t slab_bytes() const { return slab_bytes_; }
+  size_t capacity_bytes() const { return slabs_.size() * slab_bytes_; }
+  size_t held_bytes() const { return (slabs_.size() - free_slabs_.size()) * slab_bytes_; }  // whole slabs
+  size_t used_bytes() const { return used_bytes_; }                                         // blocks only
+  int64_t used_blocks() const { return used_blocks_; }
   size_t metadata_bytes() const;
-  int total_granules() const { return static_cast<int>(slabs_.size()) * kSlabGranules; }
+  int total_ids() const { return static_cast<int>(slabs_.size()) << kSlotBits; }  // every BlockId is below it
 
   // CHECKs the accounting: free + held = capacity, each slab's free slots are where they are said to be.
   void CheckIntegrity() const;
 
  private:
-  struct Slab {
-    int granules = 0;             // block size it serves; 0: free
-    int used = 0;                 // blocks in use
-    uint64_t free_slots[2] = {};  // bit set: slot is free
-  };
+  static constexpr int kSlotBits = 8;
+  static constexpr int kSlotsMax = 1 << kSlotBits;  // of a slab; a class of very small blocks leaves the rest unused
 
-  Arena(std::byte* base, size_t mapped_bytes, size_t granule_bytes, int n_slabs);
-  static int Slots(int granules) { return kSlabGranules / granules; }
+  struct Slab {
+    int block_class = -1;                      // -1: free
+    uint32_t block_bytes = 0;                  // of its class
+    int used = 0;                              // blocks in use
+    uint64_t free_slots[kSlotsMax / 64] = {};  // bit set: slot is free
+  };
   // The slabs of one class with a free slot, as a set of bits.
   struct Partial {
     std::vector<uint64_t> words;
@@ -77,14 +87,18 @@ class Arena {
     int Lowest();  // -1: none
   };
 
+  Arena(std::byte* base, size_t slab_bytes, int n_slabs, std::span<const size_t> class_bytes);
+  int Slots(int block_class) const;
+
   std::byte* base_;
-  size_t mapped_bytes_;
-  size_t granule_bytes_;
-  size_t used_granules_ = 0;
+  size_t slab_bytes_;
+  size_t used_bytes_ = 0;
+  int64_t used_blocks_ = 0;
   std::vector<Slab> slabs_;
   std::vector<int> free_slabs_;
-  Partial partial_[codec::kClasses];
-  int free_slots_[codec::kClasses] = {};  // over those slabs
+  std::vector<size_t> class_bytes_;  // by class
+  std::vector<Partial> partial_;     // by class
+  std::vector<int> free_slots_;      // by class, over its slabs
 };
 
 }  // namespace jointkv::kv

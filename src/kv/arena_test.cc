@@ -1,5 +1,6 @@
 #include "kv/arena.h"
 
+#include <array>
 #include <cstring>
 #include <random>
 #include <set>
@@ -13,18 +14,28 @@ namespace {
 
 constexpr size_t kGranule = 64;
 
+constexpr size_t kSlab = kSlabGranules * kGranule;
+
+// Classes of 1 .. kClasses granules, and one of five that is not the fifth.
+constexpr std::array<size_t, codec::kClasses + 1> kClassBytes = [] {
+  std::array<size_t, codec::kClasses + 1> bytes{};
+  for (size_t c = 0; c < codec::kClasses; ++c) bytes[c] = (c + 1) * kGranule;
+  bytes[codec::kClasses] = 5 * kGranule;
+  return bytes;
+}();
+
 std::unique_ptr<Arena> Make(int slabs, size_t extra_bytes = 0) {
-  auto arena = Arena::Create(slabs * kSlabGranules * kGranule + extra_bytes, kGranule);
+  auto arena = Arena::Create(slabs * kSlab + extra_bytes, kSlab, kClassBytes);
   EXPECT_TRUE(arena.ok()) << arena.status().ToString();
   return std::move(arena).value();
 }
 
 TEST(Arena, RefusesLessThanOneSlabAndMoreThanIdsReach) {
-  const auto small = Arena::Create(kSlabGranules * kGranule - 1, kGranule);
+  const auto small = Arena::Create(kSlab - 1, kSlab, kClassBytes);
   ASSERT_FALSE(small.ok());
   EXPECT_EQ(small.status().code(), StatusCode::kInvalidArgument);
   EXPECT_NE(small.status().message().find("slab"), std::string::npos);
-  const auto large = Arena::Create(size_t{1} << 45, kGranule);
+  const auto large = Arena::Create(size_t{1} << 45, kSlab, kClassBytes);
   ASSERT_FALSE(large.ok());
   EXPECT_EQ(large.status().code(), StatusCode::kOutOfRange);
 }
@@ -32,32 +43,39 @@ TEST(Arena, RefusesLessThanOneSlabAndMoreThanIdsReach) {
 TEST(Arena, CapacityIsWholeSlabsBelowTheCap) {
   const auto arena = Make(2, kSlabGranules * kGranule - 1);
   EXPECT_EQ(arena->capacity_bytes(), 2 * kSlabGranules * kGranule);
-  EXPECT_EQ(arena->total_granules(), 2 * kSlabGranules);
   EXPECT_EQ(arena->held_bytes(), 0u);
   EXPECT_EQ(arena->used_bytes(), 0u);
 }
 
 // One class alone can take every slot of every slab; blocks do not overlap; the last free gives the slab back.
 TEST(Arena, EachClassFillsTheArena) {
-  for (int granules = 1; granules <= codec::kClasses; ++granules) {
+  for (size_t c = 0; c < kClassBytes.size(); ++c) {
     const auto arena = Make(3);
+    const size_t bytes = kClassBytes[c];
     std::vector<BlockId> blocks;
-    std::vector<bool> taken(arena->total_granules());
+    std::vector<bool> taken(arena->capacity_bytes() / kGranule);
+    const std::byte* base = nullptr;
     while (true) {
-      const BlockId block = arena->Allocate(granules);
+      const BlockId block = arena->Allocate(static_cast<int>(c));
       if (!block.valid()) break;
-      for (int g = 0; g < granules; ++g) {
-        ASSERT_FALSE(taken.at(block.index() + g));
-        taken[block.index() + g] = true;
+      if (base == nullptr) base = arena->data(block);
+      ASSERT_LT(block.value, arena->total_ids());
+      ASSERT_EQ(arena->class_of(block), static_cast<int>(c));
+      ASSERT_EQ(arena->block_bytes(block), bytes);
+      const size_t first = (arena->data(block) - base) / kGranule;
+      for (size_t g = first; g < first + bytes / kGranule; ++g) {
+        ASSERT_FALSE(taken.at(g));
+        taken[g] = true;
       }
       blocks.push_back(block);
     }
-    EXPECT_EQ(static_cast<int>(blocks.size()), 3 * (kSlabGranules / granules));
+    EXPECT_EQ(blocks.size(), 3 * (kSlab / bytes));
     EXPECT_EQ(arena->held_bytes(), arena->capacity_bytes());
-    EXPECT_EQ(arena->used_bytes(), blocks.size() * granules * kGranule);
+    EXPECT_EQ(arena->used_bytes(), blocks.size() * bytes);
+    EXPECT_EQ(arena->used_blocks(), static_cast<int64_t>(blocks.size()));
     arena->CheckIntegrity();
     for (const BlockId block : blocks) {
-      arena->Free(block, granules);
+      arena->Free(block);
       arena->CheckIntegrity();
     }
     EXPECT_EQ(arena->held_bytes(), 0u);
@@ -65,21 +83,48 @@ TEST(Arena, EachClassFillsTheArena) {
   }
 }
 
+// A slab has 256 places at most, also where more blocks would fit.
+TEST(Arena, VerySmallBlocksFillTheirPlaces) {
+  constexpr size_t kSmall[] = {64, 4096};
+  auto arena = Arena::Create(2 * 64 * 1000, 64 * 1000, kSmall);
+  ASSERT_TRUE(arena.ok());
+  std::set<std::byte*> places;
+  for (BlockId block = (*arena)->Allocate(0); block.valid(); block = (*arena)->Allocate(0)) {
+    places.insert((*arena)->data(block));
+  }
+  EXPECT_EQ(places.size(), 2u * 256);
+  (*arena)->CheckIntegrity();
+}
+
+// Spare slabs are for others; what still fits into slabs in use needs none.
+TEST(Arena, SparesSlabs) {
+  const auto arena = Make(2);
+  const int one[] = {1};
+  EXPECT_TRUE(arena->CanAllocate(one, 1));
+  EXPECT_FALSE(arena->CanAllocate(one, 2));
+  (void)arena->Allocate(0);
+  EXPECT_TRUE(arena->CanAllocate(one, 2));
+  const int many[] = {kSlabGranules};
+  EXPECT_FALSE(arena->CanAllocate(many, 1));
+  EXPECT_TRUE(arena->CanAllocate(many, 0));
+}
+
 TEST(Arena, ASlabServesOneClassUntilItIsEmpty) {
   const auto arena = Make(1);
-  const BlockId one = arena->Allocate(1);
-  EXPECT_FALSE(arena->Allocate(2).valid());
+  const BlockId one = arena->Allocate(0);
+  EXPECT_FALSE(arena->Allocate(1).valid());
+  const BlockId another = arena->Allocate(0);
+  EXPECT_TRUE(another.valid());
+  arena->Free(one);
+  EXPECT_FALSE(arena->Allocate(1).valid());
+  arena->Free(another);
   EXPECT_TRUE(arena->Allocate(1).valid());
-  arena->Free(one, 1);
-  EXPECT_FALSE(arena->Allocate(2).valid());
-  arena->Free(BlockId(1), 1);
-  EXPECT_TRUE(arena->Allocate(2).valid());
 }
 
 TEST(Arena, BlocksAreCacheLineAlignedAndWritable) {
   const auto arena = Make(2);
   std::vector<BlockId> blocks;
-  for (BlockId block = arena->Allocate(3); block.valid(); block = arena->Allocate(3)) {
+  for (BlockId block = arena->Allocate(2); block.valid(); block = arena->Allocate(2)) {
     ASSERT_EQ(reinterpret_cast<uintptr_t>(arena->data(block)) % 64, 0u);
     std::memset(arena->data(block), static_cast<int>(blocks.size() % 251), 3 * kGranule);
     blocks.push_back(block);
@@ -93,51 +138,50 @@ TEST(Arena, BlocksAreCacheLineAlignedAndWritable) {
 
 TEST(ArenaDeathTest, WrongFreesAreBrokenInvariants) {
   const auto arena = Make(1);
-  const BlockId block = arena->Allocate(2);
-  (void)arena->Allocate(2);
-  EXPECT_DEATH(arena->Free(block, 3), "granules");
-  EXPECT_DEATH(arena->Free(BlockId(block.value + 1), 2), "granules");
-  EXPECT_DEATH(arena->Free(BlockId(), 2), "valid");
-  arena->Free(block, 2);
-  EXPECT_DEATH(arena->Free(block, 2), "free_slots");
+  const BlockId block = arena->Allocate(1);
+  (void)arena->Allocate(1);
+  EXPECT_DEATH(arena->Free(BlockId(block.value + kSlabGranules)), "Slots");
+  EXPECT_DEATH(arena->Free(BlockId()), "valid");
+  arena->Free(block);
+  EXPECT_DEATH(arena->Free(block), "free_slots");
 }
 
 // CanAllocate must promise exactly what a run of Allocate then delivers, in any mix of classes.
 TEST(Arena, RandomOperationsAgainstAPlainModel) {
   std::mt19937 random(7);
   const auto arena = Make(6);
-  std::vector<std::pair<BlockId, int>> live;
+  std::vector<BlockId> live;
   size_t used = 0;
   for (int step = 0; step < 20'000; ++step) {
     if (random() % 64 == 0) {
-      int needed[codec::kClasses] = {};
+      std::array<int, kClassBytes.size()> needed{};
       for (int& n : needed) n = random() % 4 == 0 ? static_cast<int>(random() % 80) : 0;
       const bool promised = arena->CanAllocate(needed);
       bool delivered = true;
       const size_t before = live.size();
-      for (int c = 0; c < codec::kClasses && delivered; ++c) {
+      for (size_t c = 0; c < needed.size() && delivered; ++c) {
         for (int i = 0; i < needed[c] && delivered; ++i) {
-          const BlockId block = arena->Allocate(c + 1);
+          const BlockId block = arena->Allocate(static_cast<int>(c));
           delivered = block.valid();
-          if (delivered) live.emplace_back(block, c + 1);
+          if (delivered) live.push_back(block);
         }
       }
       ASSERT_EQ(promised, delivered);
       while (live.size() > before) {
-        arena->Free(live.back().first, live.back().second);
+        arena->Free(live.back());
         live.pop_back();
       }
     } else if (random() % 2 == 0 || live.empty()) {
-      const int granules = 1 + static_cast<int>(random() % codec::kClasses);
-      const BlockId block = arena->Allocate(granules);
+      const int block_class = static_cast<int>(random() % kClassBytes.size());
+      const BlockId block = arena->Allocate(block_class);
       if (block.valid()) {
-        live.emplace_back(block, granules);
-        used += granules * kGranule;
+        live.push_back(block);
+        used += kClassBytes[block_class];
       }
     } else {
       const size_t i = random() % live.size();
-      arena->Free(live[i].first, live[i].second);
-      used -= live[i].second * kGranule;
+      used -= arena->block_bytes(live[i]);
+      arena->Free(live[i]);
       live[i] = live.back();
       live.pop_back();
     }
@@ -145,7 +189,7 @@ TEST(Arena, RandomOperationsAgainstAPlainModel) {
     ASSERT_LE(arena->held_bytes(), arena->capacity_bytes());
     arena->CheckIntegrity();
   }
-  for (const auto& [block, granules] : live) arena->Free(block, granules);
+  for (const BlockId block : live) arena->Free(block);
   EXPECT_EQ(arena->held_bytes(), 0u);
   arena->CheckIntegrity();
 }

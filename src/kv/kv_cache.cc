@@ -22,24 +22,47 @@ int CapOf(int length, int rest) { return length == 0 ? OpenCapacity(rest) : code
 Expected<std::unique_ptr<KvCache>> KvCache::Create(KvShape shape, BlockCutter cutter, Options options) {
   CHECK(shape.n_layers() > 0 && shape.layout.n_kv_heads > 0 && shape.layout.head_dim > 0 &&
         shape.layout.head_dim % 2 == 0);
-  ASSIGN_OR_RETURN(auto arena, Arena::Create(options.cap_bytes, shape.layout.granule_bytes()));
-  std::unique_ptr<KvCache> cache(new KvCache(std::move(shape), std::move(cutter), options, std::move(arena)));
+  CHECK(shape.sealed.empty() || static_cast<int>(shape.sealed.size()) == shape.n_tables());
+  std::vector<codec::Codec> codecs = {shape.layout.codec};
+  for (const codec::Codec sealed : shape.sealed) {
+    CHECK(sealed == shape.layout.codec || codec::IsQuantised(sealed));
+    // Where blocks are of 4 bits, some may be of 8.
+    for (const codec::Codec codec : {sealed, sealed == codec::Codec::kQ4 ? codec::Codec::kQ8 : sealed}) {
+      if (std::ranges::find(codecs, codec) == codecs.end()) codecs.push_back(codec);
+    }
+  }
+  std::vector<size_t> class_bytes;
+  for (const codec::Codec codec : codecs) {
+    codec::BlockLayout layout = shape.layout;
+    layout.codec = codec;
+    for (int c = 1; c <= codec::kClasses; ++c) class_bytes.push_back(layout.block_bytes(c * codec::kClassStep));
+  }
+  ASSIGN_OR_RETURN(auto arena,
+                   Arena::Create(options.cap_bytes, shape.layout.granule_bytes() * kSlabGranules, class_bytes));
+  std::unique_ptr<KvCache> cache(
+      new KvCache(std::move(shape), std::move(cutter), options, std::move(codecs), std::move(arena)));
   if (!cache->refs_.valid() || !cache->index_refs_.valid() || !cache->marks_.valid()) {
     return Status(StatusCode::kResourceExhausted, "kv-bytes: no memory for the reference counts");
   }
   return cache;
 }
 
-KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::unique_ptr<Arena> arena)
+KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector<codec::Codec> codecs,
+                 std::unique_ptr<Arena> arena)
     : shape_(std::move(shape)),
       cutter_(std::move(cutter)),
       options_(options),
+      codecs_(std::move(codecs)),
+      key_means_(shape_.n_layers()),
       arena_(std::move(arena)),
-      refs_(arena_->total_granules()),
-      index_refs_(arena_->total_granules()),
-      marks_(arena_->total_granules()),
+      refs_(arena_->total_ids()),
+      index_refs_(arena_->total_ids()),
+      marks_(arena_->total_ids()),
       index_(RandomKey()),
-      widest_window_(std::ranges::max(shape_.window)) {}
+      widest_window_(std::ranges::max(shape_.window)) {
+  const size_t slabs = arena_->capacity_bytes() / arena_->slab_bytes();
+  spare_slabs_ = static_cast<int>(std::min((codecs_.size() - 1) * codec::kClasses, slabs / 16));
+}
 
 KvCache::~KvCache() = default;
 
@@ -113,21 +136,20 @@ void KvCache::Ref(BlockId block) {
   ++refs_[block.index()];
 }
 
-void KvCache::Unref(BlockId block, int cap) {
+void KvCache::Unref(BlockId block) {
   CHECK(refs_[block.index()] > 0);
   if (--refs_[block.index()] > 0) return;
-  arena_->Free(block, cap / codec::kClassStep);
+  arena_->Free(block);
   if (watched(block)) released_.push_back(block);
   marks_[block.index()] = 0;
 }
 
 void KvCache::ReleaseRow(Sequence& s, int index) {
-  const int cap = s.blocks[index].cap;
   for (int table = 0; table < shape_.n_tables(); ++table) {
     BlockId& block = Row(s, table)[index];
     if (!block.valid()) continue;
-    if (refs_[block.index()] - index_refs_[block.index()] == 1) running_bytes_ -= shape_.layout.block_bytes(cap);
-    Unref(block, cap);
+    if (refs_[block.index()] - index_refs_[block.index()] == 1) running_bytes_ -= block_bytes(block);
+    Unref(block);
     block = BlockId();
   }
 }
@@ -203,7 +225,7 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens, bool ad
         if (block.valid()) QueueForStrip(chain[i]);
         continue;
       }
-      if (refs_[block.index()] == index_refs_[block.index()]) running_bytes_ += shape_.layout.block_bytes(entry.cap);
+      if (refs_[block.index()] == index_refs_[block.index()]) running_bytes_ += block_bytes(block);
       Ref(block);
       Row(s, table)[i] = block;
       if (options_.scales) ScaleRow(s, table)[i] = entry.scales[table];
@@ -219,11 +241,17 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens, bool ad
   return length;
 }
 
+// A sequence that is alone may take the last slab.
+bool KvCache::CanAllocate(std::span<const int> needed) const {
+  const bool alone = sequences_.size() == free_sequences_.size() + 1;
+  return arena_->CanAllocate(needed, alone ? 0 : spare_slabs_);
+}
+
 bool KvCache::MakeRoom(std::span<const int, codec::kClasses> needed) {
   size_t bytes = running_bytes_;
   for (int c = 0; c < codec::kClasses; ++c) bytes += needed[c] * shape_.layout.block_bytes((c + 1) * codec::kClassStep);
   if (bytes > arena_->capacity_bytes()) return false;  // no eviction could help: keep the prefix cache
-  while (!arena_->CanAllocate(needed)) {
+  while (!CanAllocate(needed)) {
     if (!StripOne() && !EvictOne()) return false;
   }
   return true;
@@ -253,7 +281,7 @@ bool KvCache::StripOne() {
         continue;
       }
       --index_refs_[block.index()];
-      Unref(block, entry.cap);
+      Unref(block);
       block = BlockId();
       entry.stripped = freed = true;
     }
@@ -271,7 +299,7 @@ bool KvCache::EvictOne() {
   for (const BlockId block : entry.blocks) {
     if (!block.valid()) continue;
     --index_refs_[block.index()];
-    Unref(block, entry.cap);
+    Unref(block);
   }
   index_.Remove(id);
   ++evicted_blocks_;
@@ -288,7 +316,7 @@ void KvCache::PushBlock(Sequence& s, int start, int cap) {
   const size_t index = s.blocks.size();
   s.blocks.push_back({start, BaseOf(start), 0, static_cast<uint8_t>(cap), false, false});
   for (int table = 0; table < shape_.n_tables(); ++table) {
-    const BlockId block = arena_->Allocate(cap / codec::kClassStep);
+    const BlockId block = arena_->Allocate(ClassOf(cap));
     CHECK(block.valid());
     Ref(block);
     Row(s, table)[index] = block;
@@ -307,14 +335,14 @@ void KvCache::MakeOpenPrivate(Sequence& s, int cap) {
     BlockId& id = Row(s, table)[index];
     const bool own = refs_[id.index()] == 1;
     if (own && block.cap == cap) continue;
-    const BlockId copy = arena_->Allocate(cap / codec::kClassStep);
+    const BlockId copy = arena_->Allocate(ClassOf(cap));
     CHECK(copy.valid());
     codec::CopyBlock(shape_.layout, static_cast<Kind>(table % 2), arena_->data(id), block.cap, arena_->data(copy), cap,
                      block.tokens);
     if (own) running_bytes_ -= shape_.layout.block_bytes(block.cap);
     running_bytes_ += shape_.layout.block_bytes(cap);
     Ref(copy);
-    Unref(id, block.cap);
+    Unref(id);
     id = copy;
     shared = shared || !own;
   }
@@ -406,15 +434,15 @@ void KvCache::MoveToClass(Sequence& s, int index) {
   if (block.cap == cap) return;
   int needed[codec::kClasses] = {};
   needed[cap / codec::kClassStep - 1] = shape_.n_tables();
-  if (!arena_->CanAllocate(needed)) return;
+  if (!CanAllocate(needed)) return;
   for (int table = 0; table < shape_.n_tables(); ++table) {
     BlockId& id = Row(s, table)[index];
     CHECK(refs_[id.index()] == 1);
-    const BlockId target = arena_->Allocate(cap / codec::kClassStep);
+    const BlockId target = arena_->Allocate(ClassOf(cap));
     codec::CopyBlock(shape_.layout, static_cast<Kind>(table % 2), arena_->data(id), block.cap, arena_->data(target),
                      cap, block.tokens);
     Ref(target);
-    Unref(id, block.cap);
+    Unref(id);
     id = target;
   }
   running_bytes_ -= shape_.n_tables() * (shape_.layout.block_bytes(block.cap) - shape_.layout.block_bytes(cap));
@@ -460,9 +488,9 @@ void KvCache::TakeKnown(Sequence& s, int index, EntryId entry) {
       if (options_.scales) known.scales[table] = ScaleRow(s, table)[index];
       continue;
     }
-    running_bytes_ -= shape_.layout.block_bytes(block.cap);
-    Unref(own, block.cap);
-    if (refs_[theirs.index()] == index_refs_[theirs.index()]) running_bytes_ += shape_.layout.block_bytes(known.cap);
+    running_bytes_ -= block_bytes(own);
+    Unref(own);
+    if (refs_[theirs.index()] == index_refs_[theirs.index()]) running_bytes_ += block_bytes(theirs);
     Ref(theirs);
     own = theirs;
     if (options_.scales) ScaleRow(s, table)[index] = known.scales[table];
@@ -484,9 +512,8 @@ void KvCache::ReleaseWindow(Sequence& s) {
       for (const Kind kind : {Kind::kK, Kind::kV}) {
         BlockId& block = Row(s, TableIndex(layer, kind))[released];
         if (!block.valid()) continue;
-        const int cap = s.blocks[released].cap;
-        if (refs_[block.index()] - index_refs_[block.index()] == 1) running_bytes_ -= shape_.layout.block_bytes(cap);
-        Unref(block, cap);
+        if (refs_[block.index()] - index_refs_[block.index()] == 1) running_bytes_ -= block_bytes(block);
+        Unref(block);
         block = BlockId();
       }
       if (released < static_cast<int>(s.chain.size())) QueueForStrip(s.chain[released]);
@@ -522,9 +549,13 @@ SequenceId KvCache::Fork(SequenceId id, int max_tokens) {
 }
 
 bool KvCache::Redirectable(SequenceId id, int table, int index) const {
+  return Get(id).lossy && Owned(id, table, index);
+}
+
+bool KvCache::Owned(SequenceId id, int table, int index) const {
   Sequence& s = Get(id);
   const BlockId own = Row(s, table)[index];
-  if (!s.lossy || !s.blocks[index].sealed || !own.valid()) return false;
+  if (!s.blocks[index].sealed || !own.valid()) return false;
   const bool chained = index < static_cast<int>(s.chain.size());
   int slots = 0;
   for (const auto& other : sequences_) {
@@ -535,20 +566,24 @@ bool KvCache::Redirectable(SequenceId id, int table, int index) const {
 }
 
 void KvCache::Redirect(SequenceId id, int table, int index, BlockId target, float scale) {
-  CHECK(Redirectable(id, table, index) && refs_[target.index()] > 0);
+  CHECK(Redirectable(id, table, index));
+  RedirectOwned(id, table, index, target, scale);
+}
+
+void KvCache::RedirectOwned(SequenceId id, int table, int index, BlockId target, float scale) {
+  CHECK(refs_[target.index()] > 0);
   Sequence& s = Get(id);
   const BlockId own = Row(s, table)[index];
   CHECK(own != target);
   marks_[target.index()] |= kRepresents;
-  const int cap = s.blocks[index].cap;
-  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += shape_.layout.block_bytes(cap);
+  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += block_bytes(target);
   if (index < static_cast<int>(s.chain.size())) {
     PrefixEntry& entry = index_[s.chain[index]];
     CHECK(entry.blocks[table] == own);
     Ref(target);
     ++index_refs_[target.index()];
     --index_refs_[own.index()];
-    Unref(own, cap);
+    Unref(own);
     entry.blocks[table] = target;
     if (options_.scales) entry.scales[table] = scale;
   }
@@ -557,8 +592,8 @@ void KvCache::Redirect(SequenceId id, int table, int index, BlockId target, floa
       continue;
     }
     Ref(target);
-    if (refs_[own.index()] == 1) running_bytes_ -= shape_.layout.block_bytes(cap);
-    Unref(own, cap);
+    if (refs_[own.index()] == 1) running_bytes_ -= block_bytes(own);
+    Unref(own);
     Row(*other, table)[index] = target;
     if (options_.scales) ScaleRow(*other, table)[index] = scale;
     if (refs_[own.index()] == 0) break;
@@ -569,12 +604,10 @@ bool KvCache::RedirectAll(int table, BlockId from, BlockId target, float scale) 
   CHECK(from != target && refs_[from.index()] > 0 && refs_[target.index()] > 0);
   std::vector<EntryId> entries;
   int slots = 0;
-  int cap = 0;
   for (const auto& s : sequences_) {
     for (size_t i = 0; s != nullptr && i < s->blocks.size(); ++i) {
       if (Row(*s, table)[i] != from) continue;
       ++slots;
-      cap = s->blocks[i].cap;
       if (i < s->chain.size()) entries.push_back(s->chain[i]);
     }
   }
@@ -582,15 +615,15 @@ bool KvCache::RedirectAll(int table, BlockId from, BlockId target, float scale) 
   entries.erase(std::unique(entries.begin(), entries.end()), entries.end());
   if (refs_[from.index()] != slots + static_cast<int>(entries.size()) || slots == 0) return false;
   marks_[target.index()] |= kRepresents;
-  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += shape_.layout.block_bytes(cap);
-  running_bytes_ -= shape_.layout.block_bytes(cap);
+  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += block_bytes(target);
+  running_bytes_ -= block_bytes(from);
   for (const EntryId id : entries) {
     index_[id].blocks[table] = target;
     if (options_.scales) index_[id].scales[table] *= scale;
     Ref(target);
     ++index_refs_[target.index()];
     --index_refs_[from.index()];
-    Unref(from, cap);
+    Unref(from);
   }
   for (const auto& s : sequences_) {
     for (size_t i = 0; s != nullptr && i < s->blocks.size() && slots > 0; ++i) {
@@ -599,7 +632,7 @@ bool KvCache::RedirectAll(int table, BlockId from, BlockId target, float scale) 
       Row(*s, table)[i] = target;
       if (options_.scales) ScaleRow(*s, table)[i] *= scale;
       Ref(target);
-      Unref(from, cap);
+      Unref(from);
     }
   }
   return true;
@@ -609,17 +642,46 @@ BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
   CHECK(Redirectable(id, table, index));
   Sequence& s = Get(id);
   const BlockId own = Row(s, table)[index];
-  const int cap = s.blocks[index].cap;
-  if (!arena_->HasRoomBelow(own, cap / codec::kClassStep)) return own;
-  const BlockId target = arena_->Allocate(cap / codec::kClassStep);
-  std::memcpy(arena_->data(target), arena_->data(own), shape_.layout.block_bytes(cap));
+  if (!arena_->HasRoomBelow(own)) return own;
+  const BlockId target = arena_->Allocate(arena_->class_of(own));
+  std::memcpy(arena_->data(target), arena_->data(own), block_bytes(own));
   Ref(target);
-  running_bytes_ += shape_.layout.block_bytes(cap);
+  running_bytes_ += block_bytes(target);
   const uint8_t represents = marks_[own.index()] & kRepresents;
   Redirect(id, table, index, target, options_.scales ? ScaleRow(s, table)[index] : 1);
   marks_[target.index()] = represents;
-  Unref(target, cap);
+  Unref(target);
   return target;
+}
+
+BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, const std::byte* encoded) {
+  Sequence& s = Get(id);
+  const BlockId own = Row(s, table)[index];
+  CHECK(s.blocks[index].sealed && own.valid() && codec(own) == shape_.layout.codec && !options_.scales);
+  const auto found = std::ranges::find(codecs_, to);
+  CHECK(found != codecs_.begin() && found != codecs_.end());
+  const int offset = static_cast<int>(found - codecs_.begin()) * codec::kClasses;
+  const BlockId target = arena_->Allocate(offset + ClassOf(s.blocks[index].cap));
+  if (!target.valid()) return target;
+  std::memcpy(arena_->data(target), encoded, block_bytes(target));
+  Ref(target);
+  running_bytes_ += block_bytes(target);
+  const uint8_t represents = marks_[own.index()] & kRepresents;
+  bool done = true;
+  if (Owned(id, table, index)) {
+    RedirectOwned(id, table, index, target, 1);
+  } else {
+    done = RedirectAll(table, own, target, 1);
+  }
+  marks_[target.index()] = represents;
+  if (!done) running_bytes_ -= block_bytes(target);
+  Unref(target);
+  return done ? target : BlockId();
+}
+
+void KvCache::SetKeyMean(int layer, std::vector<std::byte> mean) {
+  CHECK(key_means_[layer].empty() && mean.size() == shape_.layout.block_bytes(codec::kBlockTokensMax));
+  key_means_[layer] = std::move(mean);
 }
 
 void KvCache::Watch(BlockId block) {
@@ -637,7 +699,11 @@ size_t KvCache::MinimumBytes(int tokens) const {
   for (int layer = 0; layer < shape_.n_layers(); ++layer) {
     const int window = shape_.window[layer];
     const int kept = window == 0 ? tokens : std::min(tokens, window);
-    bytes += 2 * shape_.layout.granule_bytes() * CeilDiv(kept, codec::kClassStep);
+    for (const Kind kind : {Kind::kK, Kind::kV}) {
+      codec::BlockLayout layout = shape_.layout;
+      layout.codec = shape_.sealed_codec(TableIndex(layer, kind));
+      bytes += layout.block_bytes(codec::kBlockTokensMax) * CeilDiv(kept, codec::kClassStep) / codec::kClasses;
+    }
   }
   return bytes;
 }
@@ -686,7 +752,8 @@ KvStats KvCache::stats() const {
                             s->tokens.capacity() * sizeof(TokenId) + s->chain.capacity() * sizeof(EntryId) +
                             s->released.capacity() * sizeof(int);
   }
-  stats.metadata_bytes += stats.used_bytes / shape_.layout.granule_bytes() * 2 * sizeof(int32_t);
+  stats.metadata_bytes += arena_->used_blocks() * (2 * sizeof(int32_t) + sizeof(uint8_t));
+  for (const auto& mean : key_means_) stats.metadata_bytes += mean.size();
   stats.logical_bytes = logical_tokens_ * shape_.logical_token_bytes();
   stats.prefix_hit_tokens = prefix_hit_tokens_;
   stats.prefix_query_tokens = prefix_query_tokens_;

@@ -31,11 +31,14 @@ namespace jointkv::kv {
 using codec::Kind;
 
 struct KvShape {
-  codec::BlockLayout layout;
-  std::vector<int> window;  // per layer: how many tokens a query may look back, itself included; 0: all
+  codec::BlockLayout layout;  // of blocks as a forward pass writes them
+  std::vector<int> window;    // per layer: how many tokens a query may look back, itself included; 0: all
+  // By table: what its sealed blocks are encoded as (layout.codec: not at all). Empty: none is.
+  std::vector<codec::Codec> sealed = {};
 
   int n_layers() const { return static_cast<int>(window.size()); }
   int n_tables() const { return 2 * n_layers(); }  // one per layer and kind
+  codec::Codec sealed_codec(int table) const { return sealed.empty() ? layout.codec : sealed[table]; }
   // Bytes of one token as private 16-bit K and V in all layers: the yardstick of compression.
   size_t logical_token_bytes() const {
     return static_cast<size_t>(n_tables()) * layout.n_kv_heads * layout.head_dim * 2;
@@ -135,6 +138,8 @@ class KvCache {
   // Joint encoding. A block is redirectable while it is sealed, belongs to a lossy sequence, and nobody but this table
   // slot (with its forks' at the same index, and its index entry) refers to it.
   bool Redirectable(SequenceId sequence, int table, int index) const;
+  // The same, of any sequence.
+  bool Owned(SequenceId sequence, int table, int index) const;
   // Lets such a slot, and its index entry, refer to `target` (same tokens count, class and domain) and frees its own
   // block. `scale` multiplies target's values for this slot; 1 unless Options::scales.
   void Redirect(SequenceId sequence, int table, int index, BlockId target, float scale = 1);
@@ -144,6 +149,11 @@ class KvCache {
   // Moves such a slot's own block to the lowest free place of its class, so that slabs of short-lived blocks run empty.
   // Returns where it lies now.
   BlockId MoveDown(SequenceId sequence, int table, int index);
+  // Lets all that refers to the sealed block of this slot refer to a block of `to` (a quantised codec) instead, with
+  // the same tokens in the same class, and frees it. `encoded`: what the new block holds. Returns the new block;
+  // invalid, and nothing changed, when there is no room for it, or an entry that no running sequence uses refers to the
+  // old one.
+  BlockId Encode(SequenceId sequence, int table, int index, codec::Codec to, const std::byte* encoded);
   // After the last owner of a watched block is gone, its id is in TakeReleased once, and may be in use again already.
   void Watch(BlockId block);
   void Unwatch(BlockId block) { marks_[block.index()] &= ~kWatched; }
@@ -161,6 +171,12 @@ class KvCache {
   const BlockId* table(SequenceId sequence, int layer,
                        Kind kind) const;  // by logical index; invalid id: left the window
   std::byte* data(BlockId block) const { return arena_->data(block); }
+  size_t block_bytes(BlockId block) const { return arena_->block_bytes(block); }
+  codec::Codec codec(BlockId block) const { return codecs_[arena_->class_of(block) / codec::kClasses]; }
+  // What the encoded keys of a layer are relative to (codec/quantised.h); null: nothing. Set once, before any is
+  // encoded: `mean` is a block of kBlockTokensMax tokens.
+  const std::byte* key_mean(int layer) const { return key_means_[layer].empty() ? nullptr : key_means_[layer].data(); }
+  void SetKeyMean(int layer, std::vector<std::byte> mean);
   // The slots' factors by logical index; null: all 1.
   const float* scales(SequenceId sequence, int layer, Kind kind) const;
   void SetScale(SequenceId sequence, int table, int index, float scale);
@@ -174,7 +190,7 @@ class KvCache {
   SlotState state(SequenceId sequence, int table, int index) const;
   // Walks the tables of all sequences: exact where they have at most `slots_max` slots, else from every n-th table.
   SharingStats sharing_stats(int64_t slots_max) const;
-  int total_blocks() const { return arena_->total_granules(); }  // ids are below it
+  int total_blocks() const { return arena_->total_ids(); }  // ids are below it
 
   const KvShape& shape() const { return shape_; }
   const BlockCutter& cutter() const { return cutter_; }
@@ -190,7 +206,8 @@ class KvCache {
   struct Sequence;
   struct Recount;
 
-  KvCache(KvShape shape, BlockCutter cutter, Options options, std::unique_ptr<Arena> arena);
+  KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector<codec::Codec> codecs,
+          std::unique_ptr<Arena> arena);
   Sequence& Get(SequenceId id) const;
   BlockId* Row(Sequence& s, int table) const;
   void ReserveTables(Sequence& s, int max_blocks) const;
@@ -199,7 +216,11 @@ class KvCache {
   int BaseOf(int start) const { return options_.absolute_keys ? 0 : start; }
   float* ScaleRow(Sequence& s, int table) const;
   void Ref(BlockId block);
-  void Unref(BlockId block, int cap);
+  void Unref(BlockId block);
+  // The class of unencoded blocks of `cap` tokens; encoded ones follow, codec by codec.
+  static int ClassOf(int cap) { return cap / codec::kClassStep - 1; }
+  bool CanAllocate(std::span<const int> needed) const;
+  void RedirectOwned(SequenceId sequence, int table, int index, BlockId target, float scale);
   void ReleaseRow(Sequence& s, int index);
   bool MakeRoom(std::span<const int, codec::kClasses> needed);
   bool EvictOne();
@@ -218,6 +239,9 @@ class KvCache {
   KvShape shape_;
   BlockCutter cutter_;
   Options options_;
+  std::vector<codec::Codec> codecs_;               // shape_.layout's, then those that sealed blocks are encoded as
+  std::vector<std::vector<std::byte>> key_means_;  // by layer
+  int spare_slabs_ = 0;                            // kept for encoded blocks, so that a full store can still shrink
   std::unique_ptr<Arena> arena_;
   LazyArray<int32_t> refs_;        // by BlockId; owners: tables and index entries
   LazyArray<int32_t> index_refs_;  // of those, how many are index entries

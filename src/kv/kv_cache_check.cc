@@ -8,7 +8,7 @@ namespace jointkv::kv {
 
 // By BlockId.
 struct KvCache::Recount {
-  explicit Recount(int granules) : refs(granules), index_refs(granules), caps(granules), domains(granules) {}
+  explicit Recount(int ids) : refs(ids), index_refs(ids), caps(ids), domains(ids) {}
 
   std::vector<int32_t> refs;
   std::vector<int32_t> index_refs;
@@ -23,11 +23,12 @@ void KvCache::Count(Recount& recount, BlockId block, int cap, DomainId domain, b
   if (recount.refs[i] == 0) {
     recount.caps[i] = cap;
     recount.domains[i] = domain;
-    recount.used += shape_.layout.block_bytes(cap);
+    recount.used += block_bytes(block);
+    CHECK(arena_->class_of(block) % codec::kClasses == ClassOf(cap));
   }
   CHECK(recount.caps[i] == cap && recount.domains[i] == domain);
   // The index is counted first, so the first table is the one that makes a block a running one.
-  if (!from_index && recount.refs[i] == recount.index_refs[i]) recount.running += shape_.layout.block_bytes(cap);
+  if (!from_index && recount.refs[i] == recount.index_refs[i]) recount.running += block_bytes(block);
   ++recount.refs[i];
   recount.index_refs[i] += from_index;
 }
@@ -64,7 +65,7 @@ void KvCache::CheckSequence(const Sequence& s, Recount& recount) const {
 void KvCache::CheckIntegrity() const {
   arena_->CheckIntegrity();
   index_.CheckIntegrity();
-  Recount recount(arena_->total_granules());
+  Recount recount(arena_->total_ids());
   size_t queued = 0;
   index_.ForEach([&](EntryId, const PrefixEntry& entry) {
     CHECK(static_cast<int>(entry.blocks.size()) == shape_.n_tables());
@@ -92,7 +93,7 @@ void KvCache::CheckIntegrity() const {
     for (const EntryId entry : sequence->chain) ++users[entry.index()];
   }
   index_.ForEach([&](EntryId id, const PrefixEntry& entry) { CHECK(entry.users == users[id.index()]); });
-  for (int i = 0; i < arena_->total_granules(); ++i) {
+  for (int i = 0; i < arena_->total_ids(); ++i) {
     CHECK(recount.refs[i] == refs_[i] && recount.index_refs[i] == index_refs_[i]);
     CHECK(refs_[i] > 0 || marks_[i] == 0);
   }

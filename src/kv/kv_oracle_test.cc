@@ -344,9 +344,9 @@ class Run {
   void CheckAll() {
     cache_->CheckIntegrity();
     const int n_tables = cache_->shape().n_tables();
-    const auto granules = static_cast<size_t>(config_.slabs) * kSlabGranules;
-    owners_.assign(granules, 0);
-    domain_of_.assign(granules, DomainId());
+    const auto ids = static_cast<size_t>(cache_->total_blocks());
+    owners_.assign(ids, 0);
+    domain_of_.assign(ids, DomainId());
     size_t running = 0;
     size_t logical = 0;
     for (const Mirror& m : mirrors_) {

@@ -1,0 +1,144 @@
+#include "codec/quantised.h"
+
+#include <bit>
+#include <cstring>
+
+#include "base/check.h"
+#include "codec/quantised_encode-inl.h"
+#include "codec/quantised_kernels.h"
+
+namespace jointkv::codec {
+namespace {
+
+// To nearest even; what is no normal number becomes zero.
+uint32_t NormalBf16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffU) < 0x00800000U) return bits >> 31 << 15;
+  return Bf16FromF32(value);
+}
+
+struct Levels {
+  int16_t x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens)
+};
+
+// S H of the nibbles' levels.
+void InverseQ4(const HeadArgs& args, const uint8_t* pairs, Levels& levels) {
+  for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+    for (int t = 0; t < args.cap; ++t) {
+      const uint8_t both = pairs[static_cast<ptrdiff_t>(pair) * args.cap + t];
+      levels.x[2 * pair][t] = kNibbleLevels[both & 15];
+      levels.x[2 * pair + 1][t] = kNibbleLevels[both >> 4];
+    }
+  }
+  const int part = PartOf(args.head_dim);
+  for (int half = 1; half < part; half *= 2) {
+    for (int c = 0; c < args.head_dim; ++c) {
+      if ((c & half) != 0) continue;
+      int16_t* a = levels.x[c];
+      int16_t* b = levels.x[c + half];
+      for (int t = 0; t < args.cap; ++t) {
+        const int sum = a[t] + b[t];
+        const int difference = a[t] - b[t];
+        a[t] = static_cast<int16_t>(sum);
+        b[t] = static_cast<int16_t>(difference);
+      }
+    }
+  }
+  for (int c = 0; c < args.head_dim; ++c) {
+    if (kChannelSigns[c] == 0) continue;
+    for (int t = 0; t < args.cap; ++t) levels.x[c][t] = static_cast<int16_t>(-levels.x[c][t]);
+  }
+}
+
+void LevelsOfQ8(const HeadArgs& args, const std::byte* head, Levels& levels) {
+  for (int c = 0; c < args.head_dim; ++c) {
+    for (int t = 0; t < args.cap; ++t) {
+      const ptrdiff_t at = args.kind == Kind::kK ? static_cast<ptrdiff_t>(c) * args.cap + t
+                                                 : static_cast<ptrdiff_t>(t) * args.head_dim + c;
+      levels.x[c][t] = static_cast<int8_t>(head[at]);
+    }
+  }
+}
+
+void CheckArgs(const BlockLayout& layout, Codec codec, int cap) {
+  CHECK(layout.codec == Codec::kBf16 && IsQuantised(codec));
+  CHECK(layout.head_dim >= 2 && layout.head_dim <= kQuantisedHeadDimMax && layout.head_dim % 2 == 0);
+  CHECK(cap >= kClassStep && cap <= kBlockTokensMax && cap % kClassStep == 0);
+}
+
+const std::byte* MeanOf(const BlockLayout& layout, const std::byte* mean, int head) {
+  return mean == nullptr ? nullptr : mean + layout.head_offset(head, kBlockTokensMax);
+}
+
+}  // namespace
+
+void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
+  Tile tile;
+  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tokens, tile);
+  EncodeTile(args, tile, out);
+}
+
+void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  Levels levels;
+  if (args.codec == Codec::kQ4) {
+    InverseQ4(args, reinterpret_cast<const uint8_t*>(head), levels);
+  } else {
+    LevelsOfQ8(args, head, levels);
+  }
+  const std::byte* scales =
+      head + static_cast<ptrdiff_t>(args.cap) * (args.codec == Codec::kQ4 ? args.head_dim / 2 : args.head_dim);
+  float scale[kLanes];
+  for (int t = 0; t < args.cap; ++t) {
+    uint16_t bits = 0;
+    std::memcpy(&bits, scales + static_cast<ptrdiff_t>(t) * 2, sizeof(bits));
+    scale[t] = F32FromBf16(bits);
+  }
+  // 15 bits of a level and 8 of a scale: the product is exact.
+  const auto value = [&](int c, int t) { return static_cast<float>(levels.x[c][t]) * scale[t]; };
+  const auto store = [&](ptrdiff_t at, ptrdiff_t mean_at, float first, float second) {
+    const uint32_t mean = args.mean == nullptr ? 0 : PairAt(args.mean, mean_at);
+    const uint32_t pair = NormalBf16(first + Low(mean)) | NormalBf16(second + High(mean)) << 16;
+    std::memcpy(out + at * 4, &pair, sizeof(pair));
+  };
+  if (args.kind == Kind::kK) {
+    for (ptrdiff_t pair = 0; pair < args.head_dim / 2; ++pair) {
+      for (int t = 0; t < args.cap; ++t)
+        store(pair * args.cap + t, pair * kLanes + t, value(2 * pair, t), value(2 * pair + 1, t));
+    }
+  } else {
+    for (int t = 0; t < args.cap; t += 2) {
+      const ptrdiff_t row = static_cast<ptrdiff_t>(t / 2) * args.head_dim;
+      for (int c = 0; c < args.head_dim; ++c) store(row + c, row + c, value(c, t), value(c, t + 1));
+    }
+  }
+}
+
+void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
+                 const std::byte* mean, std::byte* out) {
+  CheckArgs(source, to, cap);
+  CHECK(tokens >= 0 && tokens <= cap);
+  const auto encode = HasAvx512Kernels(source.head_dim) ? EncodeHeadAvx512 : EncodeHeadPortable;
+  const BlockLayout target{source.n_kv_heads, source.head_dim, to};
+  for (int head = 0; head < source.n_kv_heads; ++head) {
+    encode({kind, to, source.head_dim, cap, MeanOf(source, mean, head)}, block + source.head_offset(head, cap), tokens,
+           out + target.head_offset(head, cap));
+  }
+  const size_t end = target.head_offset(target.n_kv_heads, cap);
+  std::memset(out + end, 0, target.block_bytes(cap) - end);
+}
+
+void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
+                const std::byte* mean, std::byte* out) {
+  CheckArgs(layout, from, cap);
+  const auto decode = HasAvx512Kernels(layout.head_dim) ? DecodeHeadAvx512 : DecodeHeadPortable;
+  const BlockLayout source{layout.n_kv_heads, layout.head_dim, from};
+  decode({kind, from, layout.head_dim, cap, MeanOf(layout, mean, head)}, block + source.head_offset(head, cap), out);
+}
+
+void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
+                 const std::byte* mean, std::byte* out) {
+  for (int head = 0; head < layout.n_kv_heads; ++head)
+    DecodeHead(layout, kind, from, block, head, cap, mean, out + layout.head_offset(head, cap));
+}
+
+}  // namespace jointkv::codec

@@ -1,0 +1,272 @@
+#include <cstring>
+
+#include "base/check.h"
+#include "base/cpu.h"
+#include "codec/quantised_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <bit>
+#include <cmath>
+
+#include "base/avx512bf16_push.h"
+// After the push: compiled for AVX-512.
+#include "codec/quantised_encode-inl.h"
+
+namespace jointkv::codec {
+namespace {
+
+constexpr int kGroup = 16;  // channels whose first four stages happen in registers
+
+struct Levels {
+  alignas(64) int16_t x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens)
+};
+
+inline __mmask16 LaneMask(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
+
+// v[i] +- v[i + half] for each two of kN vectors, for half = 1, 2, ..., kN / 2.
+template <int kN>
+inline __attribute__((always_inline)) void Butterflies(__m512i (&v)[kN]) {
+#pragma GCC unroll 8
+  for (int half = 1; half < kN; half *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) {
+      if ((i & half) != 0) continue;
+      const __m512i a = v[i];
+      v[i] = _mm512_add_epi16(a, v[i + half]);
+      v[i + half] = _mm512_sub_epi16(a, v[i + half]);
+    }
+  }
+}
+
+// The levels of nibbles, and the stages of H among each kGroup channels.
+void FirstStages(const HeadArgs& args, const std::byte* pairs, Levels& levels) {
+  alignas(64) int16_t entries[32];
+  for (int i = 0; i < 32; ++i) entries[i] = kNibbleLevels[i & 15];
+  const __m512i table = _mm512_load_si512(entries);  // an index counts by its low five bits: both halves are the same
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << args.cap) - 1);
+  for (int c = 0; c < args.head_dim; c += kGroup) {
+    __m512i v[kGroup];
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup / 2; ++i) {
+      const std::byte* row = pairs + static_cast<ptrdiff_t>(c / 2 + i) * args.cap;
+      const __m512i both = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row));
+      v[2 * i] = _mm512_permutexvar_epi16(both, table);
+      v[2 * i + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
+    }
+    Butterflies(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; ++i) _mm512_store_si512(levels.x[c + i], v[i]);
+  }
+}
+
+// The stages of H among kN channels that lie kGroup apart, in each part of kN * kGroup channels.
+template <int kN>
+void LastStages(int head_dim, Levels& levels) {
+  for (int part = 0; part < head_dim; part += kN * kGroup) {
+    for (int c = part; c < part + kGroup; ++c) {
+      __m512i v[kN];
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) v[i] = _mm512_load_si512(levels.x[c + i * kGroup]);
+      Butterflies(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) _mm512_store_si512(levels.x[c + i * kGroup], v[i]);
+    }
+  }
+}
+
+// H of the nibbles' levels.
+void InverseQ4(const HeadArgs& args, const std::byte* pairs, Levels& levels) {
+  FirstStages(args, pairs, levels);
+  switch (PartOf(args.head_dim) / kGroup) {
+    case 1: return;
+    case 2: return LastStages<2>(args.head_dim, levels);
+    case 4: return LastStages<4>(args.head_dim, levels);
+    case 8: return LastStages<8>(args.head_dim, levels);
+    default: return LastStages<16>(args.head_dim, levels);
+  }
+}
+
+// scale * level + mean as bf16, where lanes are pairs: first in the low half. Level times scale is exact.
+template <bool kMean>
+inline __attribute__((always_inline)) __m512i Pairs(__m512i first, __m512i second, __m512 first_scale,
+                                                    __m512 second_scale, __mmask16 mask, const std::byte* mean,
+                                                    ptrdiff_t mean_at) {
+  __m512 low = _mm512_setzero_ps();
+  __m512 high = _mm512_setzero_ps();
+  if constexpr (kMean) {
+    const __m512i both = _mm512_maskz_loadu_epi32(mask, mean + mean_at);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), first_scale, low);
+  high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), second_scale, high);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+inline __m512 Signed(__m512 x, __m512i signs) {
+  return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), signs));
+}
+
+// The scales of tokens [token, token + 16).
+inline __m512 Scales(const std::byte* scales, int token, __mmask16 mask) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(mask, scales + static_cast<ptrdiff_t>(token) * 2);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+template <bool kMean>
+void StoreK(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
+  for (int token = 0; token < args.cap; token += 16) {
+    const __mmask16 mask = LaneMask(args.cap - token);
+    const __m512 scale = Scales(scales, token, mask);
+    for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+      const auto level = [&](int c) __attribute__((always_inline)) {
+        return _mm512_cvtepi16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(&levels.x[c][token])));
+      };
+      const auto sign = [](int c) __attribute__((always_inline)) {
+        return _mm512_set1_epi32(static_cast<int>(kChannelSigns[c]));
+      };
+      const __m512i values =
+          Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(scale, sign(2 * pair)),
+                       Signed(scale, sign(2 * pair + 1)), mask, args.mean, (pair * kLanes + token) * ptrdiff_t{4});
+      _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
+    }
+  }
+}
+
+// 16 rows of 16 lanes of 32 bits become 16 columns.
+inline __attribute__((always_inline)) void Transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  // v[4 i + j]: column j of each quarter, rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);       // quarters 0 and 2 of rows 0 to 7
+    const __m512i b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);       // quarters 1 and 3
+    const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);  // the same of rows 8 to 15
+    const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+    w[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    w[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    w[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    w[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = w[i];
+}
+
+template <bool kMean>
+void StoreV(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
+  alignas(64) float scale[kLanes];
+  for (int token = 0; token < kLanes; token += 16)
+    _mm512_store_ps(scale + token, Scales(scales, token, LaneMask(args.cap - token)));
+  for (int c = 0; c < args.head_dim; c += 16) {
+    __m512i v[16];  // a lane is two tokens
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(levels.x[c + i]);
+    Transpose(v);
+    const __m512i signs = _mm512_loadu_si512(&kChannelSigns[c]);
+#pragma GCC unroll 16
+    for (int pair = 0; pair < 16; ++pair) {
+      if (2 * pair >= args.cap) break;
+      const ptrdiff_t at = (static_cast<ptrdiff_t>(pair) * args.head_dim + c) * 4;
+      const __m512i values =
+          Pairs<kMean>(_mm512_srai_epi32(_mm512_slli_epi32(v[pair], 16), 16), _mm512_srai_epi32(v[pair], 16),
+                       Signed(_mm512_set1_ps(scale[2 * pair]), signs),
+                       Signed(_mm512_set1_ps(scale[2 * pair + 1]), signs), 0xffff, args.mean, at);
+      _mm512_storeu_si512(out + at, values);
+    }
+  }
+}
+
+template <bool kMean>
+void DecodeQ4(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  Levels levels;
+  InverseQ4(args, head, levels);
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim / 2) * args.cap;
+  if (args.kind == Kind::kK) {
+    StoreK<kMean>(args, levels, scales, out);
+  } else {
+    StoreV<kMean>(args, levels, scales, out);
+  }
+}
+
+inline __m512i LoadQ8(const std::byte* at, __mmask16 mask) {
+  return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, at));
+}
+
+template <bool kMean>
+void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim) * args.cap;
+  if (args.kind == Kind::kK) {
+    for (int token = 0; token < args.cap; token += 16) {
+      const __mmask16 mask = LaneMask(args.cap - token);
+      const __m512 scale = Scales(scales, token, mask);
+      for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+        const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
+        const __m512i values = Pairs<kMean>(LoadQ8(levels, mask), LoadQ8(levels + args.cap, mask), scale, scale, mask,
+                                            args.mean, (pair * kLanes + token) * ptrdiff_t{4});
+        _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
+      }
+    }
+    return;
+  }
+  alignas(64) float scale[kLanes];
+  for (int token = 0; token < kLanes; token += 16)
+    _mm512_store_ps(scale + token, Scales(scales, token, LaneMask(args.cap - token)));
+  for (int pair = 0; pair < args.cap / 2; ++pair) {
+    const __m512 first = _mm512_set1_ps(scale[2 * pair]);
+    const __m512 second = _mm512_set1_ps(scale[2 * pair + 1]);
+    const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.head_dim;
+    for (int c = 0; c < args.head_dim; c += 16) {
+      const ptrdiff_t at = (static_cast<ptrdiff_t>(pair) * args.head_dim + c) * 4;
+      _mm512_storeu_si512(out + at, Pairs<kMean>(LoadQ8(levels + c, 0xffff), LoadQ8(levels + args.head_dim + c, 0xffff),
+                                                 first, second, 0xffff, args.mean, at));
+    }
+  }
+}
+
+}  // namespace
+
+void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
+  Tile tile;
+  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tokens, tile);
+  EncodeTile(args, tile, out);
+}
+
+void DecodeHeadAvx512(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  const bool mean = args.mean != nullptr;
+  if (args.codec == Codec::kQ4) {
+    (mean ? DecodeQ4<true> : DecodeQ4<false>)(args, head, out);
+  } else {
+    (mean ? DecodeQ8<true> : DecodeQ8<false>)(args, head, out);
+  }
+}
+
+}  // namespace jointkv::codec
+#include "base/avx512bf16_pop.h"
+
+namespace jointkv::codec {
+bool HasAvx512Kernels(int head_dim) { return HasAvx512Bf16() && head_dim % kGroup == 0; }
+}  // namespace jointkv::codec
+
+#else
+namespace jointkv::codec {
+bool HasAvx512Kernels(int) { return false; }
+void EncodeHeadAvx512(const HeadArgs&, const std::byte*, int, std::byte*) { CHECK(false); }
+void DecodeHeadAvx512(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
+}  // namespace jointkv::codec
+#endif

@@ -1,0 +1,206 @@
+// Encoding of one head in plain loops over tokens, compiled once for each target. Sources that include it are built
+// with -ffp-contract=off (src/CMakeLists.txt), so that every target rounds alike.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "codec/quantised_kernels.h"
+
+namespace jointkv::codec {
+namespace {
+
+constexpr int kLanes = kBlockTokensMax;  // a lane is a token
+constexpr float kLargest = 0x1p50F;
+constexpr float kLeast = 0x1p-50F;
+
+// Scales to try, in root mean squares.
+constexpr std::array<float, 3> kScales = {0.94F, 1.0F, 1.06F};
+
+struct Tile {
+  alignas(64) float x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens)
+};
+
+inline float Low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
+inline float High(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000U); }
+
+// NaN becomes a number too.
+inline float Held(float x) { return x > -kLargest ? (x < kLargest ? x : kLargest) : -kLargest; }
+
+inline uint32_t PairAt(const std::byte* pairs, ptrdiff_t i) {
+  uint32_t pair = 0;
+  std::memcpy(&pair, pairs + i * 4, sizeof(pair));
+  return pair;
+}
+
+// Differences from the mean; zeros for tokens that do not count.
+inline void LoadK(const HeadArgs& args, const std::byte* source, int tokens, Tile& tile) {
+  for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+    uint32_t values[kLanes] = {};
+    uint32_t means[kLanes] = {};
+    std::memcpy(values, source + static_cast<ptrdiff_t>(pair) * args.cap * 4, static_cast<size_t>(tokens) * 4);
+    if (args.mean != nullptr)
+      std::memcpy(means, args.mean + static_cast<ptrdiff_t>(pair) * kLanes * 4, static_cast<size_t>(tokens) * 4);
+    for (int t = 0; t < kLanes; ++t) {
+      tile.x[2 * pair][t] = Held(Low(values[t]) - Low(means[t]));
+      tile.x[2 * pair + 1][t] = Held(High(values[t]) - High(means[t]));
+    }
+  }
+}
+
+inline void LoadV(const HeadArgs& args, const std::byte* source, int tokens, Tile& tile) {
+  for (int t = 0; t < kLanes; t += 2) {
+    const ptrdiff_t row = static_cast<ptrdiff_t>(t / 2) * args.head_dim;
+    for (int c = 0; c < args.head_dim; ++c) {
+      const uint32_t value = t < tokens ? PairAt(source, row + c) : 0;
+      const uint32_t mean = t < tokens && args.mean != nullptr ? PairAt(args.mean, row + c) : 0;
+      tile.x[c][t] = Held(Low(value) - Low(mean));
+      tile.x[c][t + 1] = t + 1 < tokens ? Held(High(value) - High(mean)) : 0;
+    }
+  }
+}
+
+// H S: the largest sum is 2^58.
+inline void Transform(int head_dim, Tile& tile) {
+  for (int c = 0; c < head_dim; ++c) {
+    const float sign = kChannelSigns[c] != 0 ? -1.0F : 1.0F;
+    for (int t = 0; t < kLanes; ++t) tile.x[c][t] *= sign;
+  }
+  const int part = PartOf(head_dim);
+  for (int half = 1; half < part; half *= 2) {
+    for (int c = 0; c < head_dim; ++c) {
+      if ((c & half) != 0) continue;
+      float* a = tile.x[c];
+      float* b = tile.x[c + half];
+      for (int t = 0; t < kLanes; ++t) {
+        const float sum = a[t] + b[t];
+        b[t] = a[t] - b[t];
+        a[t] = sum;
+      }
+    }
+  }
+}
+
+// Boundary `i` lies between levels i and i + 1.
+constexpr float Boundary(size_t i) { return static_cast<float>(kGridLevels[i] + kGridLevels[i + 1]) / 2; }
+
+// By which each token's x is multiplied before the nearest level is chosen, and the scale of the levels.
+struct Fit {
+  alignas(64) float inverse[kLanes];
+  alignas(64) float scale[kLanes];
+};
+
+// Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>.
+inline void FitScales(int head_dim, const Tile& tile, Fit& fit) {
+  alignas(64) float rms[kLanes] = {};
+  alignas(64) float most[kLanes];
+  for (int c = 0; c < head_dim; ++c) {
+    for (int t = 0; t < kLanes; ++t) rms[t] += tile.x[c][t] * tile.x[c][t];
+  }
+  for (int t = 0; t < kLanes; ++t) {
+    rms[t] = std::sqrt(rms[t] / static_cast<float>(head_dim));
+    most[t] = -1;
+  }
+  for (const float candidate : kScales) {
+    alignas(64) float inverse[kLanes];
+    alignas(64) float along[kLanes] = {};
+    alignas(64) float squares[kLanes] = {};  // integers below 2^24
+    for (int t = 0; t < kLanes; ++t) inverse[t] = kGridUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
+    for (int c = 0; c < head_dim; ++c) {
+      for (int t = 0; t < kLanes; ++t) {
+        const float magnitude = std::fabs(tile.x[c][t]);
+        const float scaled = magnitude * inverse[t];
+        float level = kGridLevels[0];
+        for (size_t i = 0; i + 1 < kGridLevels.size(); ++i)
+          level = scaled > Boundary(i) ? static_cast<float>(kGridLevels[i + 1]) : level;
+        along[t] += magnitude * level;
+        squares[t] += level * level;
+      }
+    }
+    for (int t = 0; t < kLanes; ++t) {
+      const float scale = along[t] / squares[t];
+      const float removed = scale * along[t];
+      const bool better = removed > most[t];
+      fit.inverse[t] = better ? inverse[t] : fit.inverse[t];
+      fit.scale[t] = better ? scale : fit.scale[t];
+      most[t] = better ? removed : most[t];
+    }
+  }
+  const float norm = 1 / static_cast<float>(PartOf(head_dim));  // H H is PartOf times the identity
+  for (int t = 0; t < kLanes; ++t) fit.scale[t] = rms[t] < kLeast ? 0 : fit.scale[t] * norm;
+}
+
+inline void StoreScales(const float* scales, int cap, std::byte* out) {
+  for (int t = 0; t < cap; ++t) {
+    const uint16_t scale = Bf16FromF32(scales[t]);
+    std::memcpy(out + static_cast<ptrdiff_t>(t) * 2, &scale, sizeof(scale));
+  }
+}
+
+inline void Nibbles(const float* x, const float* inverse, int32_t* nibbles) {
+  for (int t = 0; t < kLanes; ++t) {
+    const float scaled = std::fabs(x[t]) * inverse[t];
+    int32_t nibble = x[t] < 0 ? 8 : 0;
+    for (size_t i = 0; i + 1 < kGridLevels.size(); ++i) nibble += scaled > Boundary(i) ? 1 : 0;
+    nibbles[t] = nibble;
+  }
+}
+
+inline void EncodeQ4(const HeadArgs& args, Tile& tile, std::byte* out) {
+  Transform(args.head_dim, tile);
+  Fit fit{};
+  FitScales(args.head_dim, tile, fit);
+  for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+    alignas(64) int32_t first[kLanes];
+    alignas(64) int32_t second[kLanes];
+    alignas(64) uint8_t bytes[kLanes];
+    Nibbles(tile.x[2 * pair], fit.inverse, first);
+    Nibbles(tile.x[2 * pair + 1], fit.inverse, second);
+    for (int t = 0; t < kLanes; ++t) bytes[t] = static_cast<uint8_t>(first[t] | second[t] << 4);
+    std::memcpy(out + static_cast<ptrdiff_t>(pair) * args.cap, bytes, args.cap);
+  }
+  StoreScales(fit.scale, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / 2) * args.cap);
+}
+
+inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
+  alignas(64) float scale[kLanes] = {};
+  alignas(64) float divisor[kLanes];
+  for (int c = 0; c < args.head_dim; ++c) {
+    for (int t = 0; t < kLanes; ++t) {
+      const float magnitude = std::fabs(tile.x[c][t]);
+      scale[t] = magnitude > scale[t] ? magnitude : scale[t];
+    }
+  }
+  for (int t = 0; t < kLanes; ++t) {
+    scale[t] = scale[t] < kLeast ? 0 : F32FromBf16(Bf16FromF32(scale[t] / 127));
+    divisor[t] = scale[t] == 0 ? kLargest : scale[t];
+  }
+  for (int c = 0; c < args.head_dim; ++c) {
+    alignas(64) int8_t levels[kLanes];
+    for (int t = 0; t < kLanes; ++t) {
+      // At most 127 * (1 + 2^-8), for the scale was rounded; adding 1.5 * 2^23 rounds it to an integer.
+      const float rounded = tile.x[c][t] / divisor[t] + 0x1.8p23F;
+      levels[t] = static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(0x1.8p23F));
+    }
+    if (args.kind == Kind::kK) {
+      std::memcpy(out + static_cast<ptrdiff_t>(c) * args.cap, levels, args.cap);
+    } else {
+      for (int t = 0; t < args.cap; ++t)
+        out[static_cast<ptrdiff_t>(t) * args.head_dim + c] = static_cast<std::byte>(levels[t]);
+    }
+  }
+  StoreScales(scale, args.cap, out + static_cast<ptrdiff_t>(args.head_dim) * args.cap);
+}
+
+inline void EncodeTile(const HeadArgs& args, Tile& tile, std::byte* out) {
+  if (args.codec == Codec::kQ4) {
+    EncodeQ4(args, tile, out);
+  } else {
+    EncodeQ8(args, tile, out);
+  }
+}
+
+}  // namespace
+}  // namespace jointkv::codec
