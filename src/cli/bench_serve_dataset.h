@@ -60,7 +60,7 @@ std::string ToRows(const std::vector<ServeRequest>& requests);
 
 struct BodyOptions {
   bool chat = false;  // messages as they are; otherwise their contents as one prompt
-  std::string model;
+  std::string model = {};
   bool ignore_eos = false;
   nlohmann::ordered_json extra = nlohmann::ordered_json::object();  // further fields, or other values of those above
 };

@@ -26,8 +26,8 @@ std::vector<double> ArrivalTimes(size_t count, const ArrivalOptions& options);
 
 struct LoadOptions {
   size_t max_concurrency = 0;  // 0: no limit
-  std::string path;
-  HttpHeaders headers;
+  std::string path = {};
+  HttpHeaders headers = {};
   double timeout_s = 6 * 3600;  // of a request
 };
 
