@@ -96,7 +96,8 @@ struct SharingStats {
   double prefix_slots = 0;
   double fused_slots = 0;
   double unfused_bytes = 0;                 // what the running sequences would refer to, had no block been fused
-  std::map<DomainId, double> domain_bytes;  // what they do refer to
+  double bytes_in_16_bit = 0;               // the blocks that they do refer to, were they all of 16 bit
+  std::map<DomainId, double> domain_bytes;  // and as they are
 };
 
 class KvCache {

@@ -40,9 +40,11 @@ SharingStats KvCache::sharing_stats(int64_t slots_max) const {
         // A block of n readers is met n times.
         const int n = readers(Row(s, table)[i]);
         const double share = weight / n;
-        const double bytes = static_cast<double>(shape_.layout.block_bytes(s.blocks[i].cap));
+        const double bytes = static_cast<double>(block_bytes(Row(s, table)[i]));
         sharing.blocks[SharingStats::ReaderClass(n)] += share;
         domain_bytes += share * bytes;
+        const int elements = s.blocks[i].cap * shape_.layout.n_kv_heads * shape_.layout.head_dim;
+        sharing.bytes_in_16_bit += share * static_cast<double>(elements) * 2;
         sharing.private_slots += slot == SlotState::kPrivate ? weight : 0;
         sharing.prefix_slots += slot == SlotState::kPrefix ? weight : 0;
         sharing.fused_slots += slot == SlotState::kFused ? weight : 0;

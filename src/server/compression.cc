@@ -10,7 +10,7 @@ Compression CompressionOf(const kv::KvCache& cache, const kv::SharingStats& shar
   for (const auto& [domain, bytes] : sharing.domain_bytes) counted += bytes;
   if (logical == 0 || physical == 0 || counted == 0) return compression;
   compression.total = logical / physical;
-  compression.codec = 2.0 / static_cast<double>(codec::ElementBytes(cache.shape().layout.codec));
+  compression.codec = sharing.bytes_in_16_bit / counted;
   compression.fusion = sharing.unfused_bytes / counted;
   compression.exact_sharing = compression.total / compression.fusion / compression.codec;
   return compression;
