@@ -144,6 +144,12 @@ void AddServe(CLI::App& app, Command& run) {
       ->check(CLI::IsMember({"text", "json"}).description(""))
       ->type_name("text|json")
       ->default_str("text");
+  command
+      ->add_option("--shadow-rate", flags->server.shadow_rate,
+                   "share of requests that run again with exact K and V when idle, to see what fusion costs")
+      ->check(CLI::Range(0.0, 1.0))
+      ->type_name("R")
+      ->capture_default_str();
   AddLimitFlags(*command, flags->server.limits);
   AddEngineFlags(*command, flags->engine);
   command

@@ -1,7 +1,10 @@
 #include "server/answer.h"
 
 #include <algorithm>
+#include <bit>
 #include <utility>
+
+#include <boost/beast/core/detail/base64.hpp>
 
 #include "text/detokenizer.h"
 
@@ -28,6 +31,41 @@ OrderedJson TokenEntry(const text::Tokenizer& tokenizer, TokenId token, float lo
   return {{"token", text::SanitizeUtf8(piece)}, {"logprob", Finite(logprob)}, {"bytes", std::move(bytes)}};
 }
 
+// 32-bit floats, least significant byte first, as OpenAI's clients read them.
+std::string Base64(const std::vector<float>& vector) {
+  static_assert(std::endian::native == std::endian::little);
+  std::string text(boost::beast::detail::base64::encoded_size(vector.size() * sizeof(float)), '\0');
+  text.resize(boost::beast::detail::base64::encode(text.data(), vector.data(), vector.size() * sizeof(float)));
+  return text;
+}
+
+text::ChatDelta Content(const std::string& text) {
+  text::ChatDelta delta;
+  delta.content = text;
+  return delta;
+}
+
+// Adds what came later.
+void Join(text::ChatDelta&& later, text::ChatDelta& delta) {
+  delta.reasoning += later.reasoning;
+  delta.content += later.content;
+  for (text::ToolCallDelta& call : later.tool_calls) delta.tool_calls.push_back(std::move(call));
+}
+
+std::string DeltaText(const text::ChatDelta& delta) {
+  OrderedJson json = OrderedJson::object();
+  if (!delta.reasoning.empty()) json["reasoning_content"] = delta.reasoning;
+  if (!delta.content.empty()) json["content"] = delta.content;
+  for (const text::ToolCallDelta& call : delta.tool_calls) {
+    OrderedJson row = {{"index", call.index}};
+    if (!call.id.empty()) row.update({{"id", call.id}, {"type", "function"}});
+    if (!call.name.empty()) row["function"]["name"] = call.name;
+    row["function"]["arguments"] = call.arguments;
+    json["tool_calls"].push_back(std::move(row));
+  }
+  return Dump(json);
+}
+
 OrderedJson NoCompletionLogprobs() {
   const OrderedJson none = OrderedJson::array();
   return {{"text_offset", none}, {"token_logprobs", none}, {"tokens", none}, {"top_logprobs", none}};
@@ -35,20 +73,24 @@ OrderedJson NoCompletionLogprobs() {
 
 }  // namespace
 
-Answer::Answer(const GenerationCall& call, Head head, const std::vector<int>& prompt_tokens,
-               const text::Tokenizer& tokenizer)
+Answer::Answer(const GenerationCall& call, Head head, const Prepared& prepared, const text::Tokenizer& tokenizer)
     : tokenizer_(tokenizer),
       head_(std::move(head)),
       chat_(call.chat),
       stream_(call.stream),
       include_usage_(call.include_usage),
       reports_kv_(call.reports_kv),
+      embeds_(call.embed),
+      base64_(call.base64),
       has_logprobs_(call.sampling.logprobs >= 0),
       n_(call.sampling.n),
-      prompt_tokens_(prompt_tokens),
-      cached_tokens_(prompt_tokens.size(), 0),
-      choices_(prompt_tokens.size() * static_cast<size_t>(call.sampling.n)),
+      prompts_(prepared.echoed),
+      cached_tokens_(prepared.requests.size(), 0),
+      choices_(prepared.requests.size() * static_cast<size_t>(call.sampling.n)),
       open_choices_(choices_.size()) {
+  for (const engine::Request& request : prepared.requests) {
+    prompt_tokens_.push_back(static_cast<int>(request.prompt.size()));
+  }
   if (call.echo) {
     for (const TextOrTokens& prompt : call.prompts) {
       const auto* tokens = std::get_if<std::vector<TokenId>>(&prompt);
@@ -58,6 +100,7 @@ Answer::Answer(const GenerationCall& call, Head head, const std::vector<int>& pr
   }
   for (size_t i = 0; i < choices_.size(); ++i) {
     Choice& choice = choices_[i];
+    if (prepared.format != nullptr) choice.parser.emplace(prepared.format);
     if (has_logprobs_) choice.logprobs = chat_ ? OrderedJson::array() : NoCompletionLogprobs();
     if (echoes_.empty()) continue;
     choice.text = echoes_[i / static_cast<size_t>(n_)];
@@ -86,10 +129,19 @@ void Answer::Take(size_t prompt, const Delivery& delivery, std::string& events) 
   Choice& choice = choices_[index];
   if (delivery.kv) kv_ = delivery.kv;
   if (event.token >= 0) ++choice.output_tokens;
+  text::ChatDelta delta = choice.parser ? choice.parser->Append(event.text) : Content(event.text);
   if (event.finish != engine::FinishReason::kNone) {
     cached_tokens_[prompt] = event.cached_tokens;
-    finish_reason_ = choice.finish_reason = engine::FinishReasonName(event.finish);
+    if (choice.parser) Join(choice.parser->Finish(), delta);
+    const bool calls = choice.parser && !choice.parser->tool_calls().empty();
+    const bool stops = event.finish == engine::FinishReason::kStop;
+    finish_reason_ = choice.finish_reason = calls && stops ? "tool_calls" : engine::FinishReasonName(event.finish);
     --open_choices_;
+  }
+  OrderedJson prompt_logprobs;
+  if (has_logprobs_ && !event.prompt_logprobs.empty()) {
+    if (stream_) prompt_logprobs = NoCompletionLogprobs();
+    AddPromptLogprobs(prompt, event, choice, stream_ ? prompt_logprobs : choice.logprobs);
   }
   OrderedJson logprobs;
   if (has_logprobs_ && event.token >= 0) {
@@ -99,17 +151,18 @@ void Answer::Take(size_t prompt, const Delivery& delivery, std::string& events) 
       target.push_back(ChatLogprob(event));
     } else {
       if (stream_) target = NoCompletionLogprobs();
-      AddCompletionLogprob(event, choice, target);
+      AddCompletionLogprob(event.token, event.logprobs, choice, target);
     }
   }
+  if (!event.embedding.empty()) choice.embedding = event.embedding;
   if (!stream_) {
-    choice.text += event.text;
+    if (!choice.parser) choice.text += event.text;
     return;
   }
-  if (!choice.began) AppendFirstChunk(index, events);
+  if (!choice.began) AppendFirstChunk(index, prompt_logprobs, events);
   choice.began = true;
-  if (event.text.empty() && logprobs.is_null() && choice.finish_reason == nullptr) return;
-  AppendChunk(index, event.text, logprobs, choice.finish_reason, events);
+  if (delta.empty() && logprobs.is_null() && choice.finish_reason == nullptr) return;
+  AppendChunk(index, delta, logprobs, choice.finish_reason, events);
 }
 
 OrderedJson Answer::ChatLogprob(const engine::Event& event) const {
@@ -121,28 +174,41 @@ OrderedJson Answer::ChatLogprob(const engine::Event& event) const {
   return entry;
 }
 
-void Answer::AddCompletionLogprob(const engine::Event& event, Choice& choice, OrderedJson& arrays) const {
-  const std::string token = text::SanitizeUtf8(tokenizer_.Piece(event.token));
+void Answer::AddCompletionLogprob(TokenId token, const engine::SampledLogprobs& logprobs, Choice& choice,
+                                  OrderedJson& arrays) const {
+  const std::string piece = text::SanitizeUtf8(tokenizer_.Piece(token));
   OrderedJson top = OrderedJson::object();
-  for (const engine::TokenLogprob& other : event.logprobs.top) {
+  for (const engine::TokenLogprob& other : logprobs.top) {
     top.emplace(text::SanitizeUtf8(tokenizer_.Piece(other.token)), Finite(other.logprob));
   }
-  top.emplace(token, Finite(event.logprobs.chosen));
+  top.emplace(piece, Finite(logprobs.chosen));
   arrays["text_offset"].push_back(choice.text_offset);
-  arrays["token_logprobs"].push_back(Finite(event.logprobs.chosen));
-  arrays["tokens"].push_back(token);
+  arrays["token_logprobs"].push_back(Finite(logprobs.chosen));
+  arrays["tokens"].push_back(piece);
   arrays["top_logprobs"].push_back(std::move(top));
-  choice.text_offset += Characters(token);
+  choice.text_offset += Characters(piece);
 }
 
-void Answer::AppendChunk(size_t index, const std::string& text, const OrderedJson& logprobs, const char* finish_reason,
-                         std::string& events) const {
+// The first token has none: null.
+void Answer::AddPromptLogprobs(size_t prompt, const engine::Event& event, Choice& choice, OrderedJson& arrays) const {
+  const int end = choice.text_offset;
+  choice.text_offset = 0;
+  for (size_t i = 0; i < event.prompt_logprobs.size(); ++i) {
+    AddCompletionLogprob(prompts_[prompt][i], event.prompt_logprobs[i], choice, arrays);
+  }
+  arrays["token_logprobs"][0] = nullptr;
+  arrays["top_logprobs"][0] = nullptr;
+  choice.text_offset = end;
+}
+
+void Answer::AppendChunk(size_t index, const text::ChatDelta& delta, const OrderedJson& logprobs,
+                         const char* finish_reason, std::string& events) const {
   events += chunk_begin_;
   events += "{\"index\":" + std::to_string(index);
   if (chat_) {
-    events += text.empty() ? std::string(",\"delta\":{}") : ",\"delta\":{\"content\":" + Quoted(text) + "}";
+    events += ",\"delta\":" + DeltaText(delta);
   } else {
-    events += ",\"text\":" + Quoted(text);
+    events += ",\"text\":" + Quoted(delta.content);
   }
   if (logprobs.is_null()) {
     events += ",\"logprobs\":null";
@@ -154,9 +220,9 @@ void Answer::AppendChunk(size_t index, const std::string& text, const OrderedJso
   events += include_usage_ ? "}],\"usage\":null}\n\n" : "}]}\n\n";
 }
 
-void Answer::AppendFirstChunk(size_t index, std::string& events) const {
+void Answer::AppendFirstChunk(size_t index, const OrderedJson& prompt_logprobs, std::string& events) const {
   if (!chat_) {
-    if (!echoes_.empty()) AppendChunk(index, choices_[index].text, nullptr, nullptr, events);
+    if (!echoes_.empty()) AppendChunk(index, Content(choices_[index].text), prompt_logprobs, nullptr, events);
     return;
   }
   events += chunk_begin_ + "{\"index\":" + std::to_string(index) +
@@ -175,6 +241,7 @@ void Answer::AppendEnd(std::string& events) const {
 }
 
 std::string Answer::Body() const {
+  if (embeds_) return Embeddings();
   OrderedJson body = {{"id", head_.id},
                       {"object", chat_ ? "chat.completion" : "text_completion"},
                       {"created", head_.created_s},
@@ -184,7 +251,7 @@ std::string Answer::Body() const {
     const Choice& choice = choices_[i];
     OrderedJson row = {{"index", i}};
     if (chat_) {
-      row["message"] = {{"role", "assistant"}, {"content", choice.text}};
+      row["message"] = Message(choice);
     } else {
       row["text"] = choice.text;
     }
@@ -197,6 +264,39 @@ std::string Answer::Body() const {
   body["usage"] = Usage();
   if (reports_kv_) body["kv"] = Kv();
   return Dump(body);
+}
+
+std::string Answer::Embeddings() const {
+  OrderedJson body = {{"object", "list"}, {"data", OrderedJson::array()}, {"model", head_.model}};
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    const std::vector<float>& vector = choices_[i].embedding;
+    body["data"].push_back({{"object", "embedding"}, {"index", i}});
+    OrderedJson& row = body["data"].back()["embedding"];
+    if (base64_) {
+      row = Base64(vector);
+    } else {
+      row = vector;
+    }
+  }
+  const int tokens = counts().prompt_tokens;
+  body["usage"] = {{"prompt_tokens", tokens}, {"total_tokens", tokens}};
+  return Dump(body);
+}
+
+OrderedJson Answer::Message(const Choice& choice) const {
+  if (!choice.parser) return {{"role", "assistant"}, {"content", choice.text}};
+  const text::ChatOutputParser& parsed = *choice.parser;
+  OrderedJson message = {{"role", "assistant"}, {"content", parsed.content()}};
+  if (!parsed.reasoning().empty()) message["reasoning_content"] = parsed.reasoning();
+  if (parsed.tool_calls().empty()) return message;
+  if (parsed.content().empty()) message["content"] = nullptr;
+  OrderedJson& calls = message["tool_calls"] = OrderedJson::array();
+  for (const text::ToolCall& call : parsed.tool_calls()) {
+    calls.push_back({{"id", call.id},
+                     {"type", "function"},
+                     {"function", {{"name", call.name}, {"arguments", call.arguments_json}}}});
+  }
+  return message;
 }
 
 OrderedJson Answer::Usage() const {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,6 +14,8 @@
 
 #include "server/engine_thread.h"
 #include "server/openai_schema.h"
+#include "server/prepare.h"
+#include "text/chat_output.h"
 #include "text/tokenizer.h"
 
 namespace jointkv::server {
@@ -30,9 +33,7 @@ class Answer {
     int output_tokens = 0;
   };
 
-  // `prompt_tokens`: of each prompt.
-  Answer(const GenerationCall& call, Head head, const std::vector<int>& prompt_tokens,
-         const text::Tokenizer& tokenizer);
+  Answer(const GenerationCall& call, Head head, const Prepared& prepared, const text::Tokenizer& tokenizer);
 
   bool streams() const { return stream_; }
   bool complete() const { return open_choices_ == 0; }
@@ -50,8 +51,10 @@ class Answer {
 
   struct Choice {
     std::string text;
+    std::vector<float> embedding;
     OrderedJson logprobs;  // chat: entries; completions: the four arrays
-    int text_offset = 0;   // completions: characters before the next token
+    std::optional<text::ChatOutputParser> parser;
+    int text_offset = 0;  // completions: characters before the next token
     int output_tokens = 0;
     bool began = false;  // a stream's first chunk is out
     const char* finish_reason = nullptr;
@@ -61,10 +64,14 @@ class Answer {
     return prompt * static_cast<size_t>(n_) + static_cast<size_t>(choice);
   }
   OrderedJson ChatLogprob(const engine::Event& event) const;
-  void AddCompletionLogprob(const engine::Event& event, Choice& choice, OrderedJson& arrays) const;
-  void AppendChunk(size_t index, const std::string& text, const OrderedJson& logprobs, const char* finish_reason,
+  void AddCompletionLogprob(TokenId token, const engine::SampledLogprobs& logprobs, Choice& choice,
+                            OrderedJson& arrays) const;
+  void AddPromptLogprobs(size_t prompt, const engine::Event& event, Choice& choice, OrderedJson& arrays) const;
+  void AppendChunk(size_t index, const text::ChatDelta& delta, const OrderedJson& logprobs, const char* finish_reason,
                    std::string& events) const;
-  void AppendFirstChunk(size_t index, std::string& events) const;
+  OrderedJson Message(const Choice& choice) const;
+  std::string Embeddings() const;
+  void AppendFirstChunk(size_t index, const OrderedJson& prompt_logprobs, std::string& events) const;
   OrderedJson Usage() const;
   OrderedJson Kv() const;
 
@@ -74,13 +81,16 @@ class Answer {
   bool stream_;
   bool include_usage_;
   bool reports_kv_;
+  bool embeds_;
+  bool base64_;
   bool has_logprobs_;
   int n_;
-  std::string chunk_begin_;          // "data: {...\"choices\":[{\"index\":"
-  std::vector<std::string> echoes_;  // by prompt; empty: none
-  std::vector<int> prompt_tokens_;   // by prompt
-  std::vector<int> cached_tokens_;   // by prompt
-  std::vector<Choice> choices_;      // (prompts, n)
+  std::string chunk_begin_;                    // "data: {...\"choices\":[{\"index\":"
+  std::vector<std::string> echoes_;            // by prompt; empty: none
+  std::vector<std::vector<TokenId>> prompts_;  // those whose logprobs are asked for
+  std::vector<int> prompt_tokens_;             // by prompt
+  std::vector<int> cached_tokens_;             // by prompt
+  std::vector<Choice> choices_;                // (prompts, n)
   size_t open_choices_;
   const char* finish_reason_ = "none";
   std::optional<KvReport> kv_;

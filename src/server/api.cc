@@ -48,19 +48,31 @@ void CheckModel(const std::string& name, const std::string& served) {
 struct Api::Job {
   Exchange exchange;
   Tenant* tenant = nullptr;
-  bool chat = false;
+  Kind kind = Kind::kChat;
   std::string body;
   bool gone = false;
   // What reading it gave:
   GenerationCall call;
-  std::vector<engine::Request> requests;
+  Prepared prepared;
   std::optional<ApiError> error;
 
-  void Read(const ModelInfo& model, const ApiOptions& options) try {
-    const Json json = ParseObject(body, options.limits.json_depth_max);
-    call = chat ? ParseChat(json, options.limits) : ParseCompletion(json, options.limits);
-    CheckModel(call.model, options.model_name);
-    requests = Prepare(call, model, options.limits);
+  void Parse(const ApiOptions& options) {
+    Try([&] {
+      const Json json = ParseObject(body, options.limits.json_depth_max);
+      switch (kind) {
+        case Kind::kChat: call = ParseChat(json, options.limits, body); break;
+        case Kind::kCompletion: call = ParseCompletion(json, options.limits, body); break;
+        case Kind::kEmbedding: call = ParseEmbedding(json, options.limits); break;
+      }
+      CheckModel(call.model, options.model_name);
+    });
+  }
+  void Prepare(const ModelInfo& model, const ApiOptions& options) {
+    if (!error) Try([&] { prepared = server::Prepare(call, model, options.limits); });
+  }
+  template <typename Work>
+  void Try(const Work& work) try {
+    work();
   } catch (const ApiError& bad) {
     error = bad;
   } catch (const std::exception& bad) {
@@ -97,6 +109,7 @@ const std::vector<Api::Route>& Api::Routes() {
       {"GET", "/v1/models/*", Access::kTenant, &Api::Model},
       {"POST", "/v1/chat/completions", Access::kTenant, &Api::Chat},
       {"POST", "/v1/completions", Access::kTenant, &Api::Completion},
+      {"POST", "/v1/embeddings", Access::kTenant, &Api::Embedding},
       {"POST", "/tokenize", Access::kTenant, &Api::Tokenize},
       {"POST", "/detokenize", Access::kTenant, &Api::Detokenize},
   };
@@ -288,20 +301,23 @@ void Api::Detokenize(Context& context) {
   context.exchange.Reply(Dump({{"prompt", text::SanitizeUtf8(tokenizer.Decode(tokens, true))}}));
 }
 
-void Api::Generate(Context& context, bool chat) {
+void Api::Generate(Context& context, Kind kind) {
   CheckJsonType(context.request);
   CheckReady();
   const auto job = std::make_shared<Job>(
-      Job{context.exchange, context.caller.tenant, chat, std::move(context.request.body), false, {}, {}, {}});
-  if (job->body.size() <= kInlineBodyBytes) {
-    job->Read(engine_.model(), options_);
+      Job{context.exchange, context.caller.tenant, kind, std::move(context.request.body), false, {}, {}, {}});
+  const bool is_short = job->body.size() <= kInlineBodyBytes;
+  if (is_short) job->Parse(options_);
+  if (is_short && (job->error || !job->call.has_grammar())) {
+    job->Prepare(engine_.model(), options_);
     Admit(*job);
     return;
   }
   ++in_background_;
   job->exchange.channel().OnGone([job] { job->gone = true; });
-  executor_.in_background([this, job] {
-    job->Read(engine_.model(), options_);
+  executor_.in_background([this, job, is_short] {
+    if (!is_short) job->Parse(options_);
+    job->Prepare(engine_.model(), options_);
     executor_.on_io_thread([this, job] {
       --in_background_;
       if (job->gone) {
@@ -317,9 +333,9 @@ void Api::Admit(Job& job) {
   try {
     if (job.error) throw *job.error;
     CheckReady();
-    const Answer::Head head = {(job.chat ? "chatcmpl-" : "cmpl-") + RandomName(), options_.model_name,
+    const Answer::Head head = {(job.kind == Kind::kChat ? "chatcmpl-" : "cmpl-") + RandomName(), options_.model_name,
                                static_cast<int64_t>(std::time(nullptr))};
-    generations_.Start(job.exchange, *job.tenant, job.call, std::move(job.requests), head);
+    generations_.Start(job.exchange, *job.tenant, job.call, std::move(job.prepared), head);
   } catch (const ApiError& error) {
     job.exchange.ReplyError(error);
   }

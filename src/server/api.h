@@ -50,6 +50,7 @@ class Api {
 
  private:
   enum class State { kLoading, kReady, kDraining };
+  enum class Kind { kChat, kCompletion, kEmbedding };
   enum class Access { kPublic, kTenant, kAdmin };
   struct Context {
     HttpRequest& request;
@@ -79,12 +80,13 @@ class Api {
   void Blocks(Context& context);
   void Models(Context& context);
   void Model(Context& context);
-  void Chat(Context& context) { Generate(context, true); }
-  void Completion(Context& context) { Generate(context, false); }
+  void Chat(Context& context) { Generate(context, Kind::kChat); }
+  void Completion(Context& context) { Generate(context, Kind::kCompletion); }
+  void Embedding(Context& context) { Generate(context, Kind::kEmbedding); }
   void Tokenize(Context& context);
   void Detokenize(Context& context);
 
-  void Generate(Context& context, bool chat);
+  void Generate(Context& context, Kind kind);
   void Admit(Job& job);
   std::string ModelJson() const;
   std::string RequestIdOf(const HttpRequest& request);

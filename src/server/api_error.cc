@@ -54,10 +54,12 @@ ApiError FromEngine(const Status& status) {
     case StatusCode::kResourceExhausted: error.code = "context_length_exceeded"; break;
     case StatusCode::kInvalidArgument:
     case StatusCode::kOutOfRange: error.code = "invalid_value"; break;
+    case StatusCode::kUnsupported: error.code = "unsupported_value"; break;
     default: error = {.status = 500, .message = message, .type = "server_error"}; return error;
   }
   std::string field;
   std::tie(field, error.message) = FieldAndMessage(message);
+  if (field == "embed") field = "input";
   if (IsName(field) && field != "request") error.param = field;
   return error;
 }

@@ -14,8 +14,8 @@ constexpr double kMetricsEveryS = 0.1;
 
 }  // namespace
 
-EngineThread::EngineThread(engine::EngineOptions options, Metrics& metrics, Callbacks callbacks)
-    : options_(std::move(options)), metrics_(metrics), callbacks_(std::move(callbacks)) {}
+EngineThread::EngineThread(engine::EngineOptions options, double shadow_rate, Metrics& metrics, Callbacks callbacks)
+    : options_(std::move(options)), shadow_rate_(shadow_rate), metrics_(metrics), callbacks_(std::move(callbacks)) {}
 
 EngineThread::~EngineThread() { Stop(); }
 
@@ -67,19 +67,24 @@ void EngineThread::Run() {
     TakeIn(inbox);
     events_.clear();
     engine_->Step(events_);
+    shadow_->OnEvents(events_);
     Deliver();
+    for (const double kl : shadow_->TakeRunKls()) metrics_.ShadowKl(kl);
+    shadow_->RunWhenIdle();
     if (engine_->idle() || MonotonicSeconds() - metrics_updated_s_ >= kMetricsEveryS) UpdateMetrics();
   }
 }
 
 Status EngineThread::Load() {
   ASSIGN_OR_RETURN(engine_, engine::Engine::Create(options_));
+  shadow_ = std::make_unique<engine::ShadowCheck>(*engine_, engine::ShadowCheck::Options{.rate = shadow_rate_});
   ASSIGN_OR_RETURN(chat_template_, text::ChatTemplate::Create(engine_->tokenizer()));
   const text::Tokenizer& tokenizer = engine_->tokenizer();
   model_.tokenizer = &tokenizer;
   model_.chat_template = chat_template_.get();
   model_.sampling_limits = options_.sampling_limits;
   model_.n_vocab = engine_->model().n_vocab();
+  model_.embedding_size = static_cast<int>(engine_->model().hyperparameters().d_model);
   model_.context_max = ContextThatFits();
   model_.choices_max = options_.max_running;
   model_.token_kv_bytes = engine_->cache().shape().logical_token_bytes();
@@ -112,7 +117,11 @@ bool EngineThread::WaitForWork(Inbox& inbox) {
 void EngineThread::TakeIn(Inbox& inbox) {
   for (Submission& submission : inbox.submissions) {
     const int choices = submission.request.sampling.n;
+    // The shadow check reads what the engine takes.
+    std::optional<engine::Request> copy;
+    if (shadow_rate_ > 0) copy = submission.request;
     const Expected<engine::RequestId> id = engine_->Submit(std::move(submission.request));
+    if (id.ok() && copy) shadow_->OnSubmitted(*id, *copy);
     Delivery delivery{.ticket = submission.ticket};
     delivery.kind = id.ok() ? Delivery::Kind::kAccepted : Delivery::Kind::kRefused;
     delivery.refused = id.status();

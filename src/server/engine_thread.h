@@ -19,6 +19,7 @@
 #include "base/ids.h"
 #include "base/status.h"
 #include "engine/engine.h"
+#include "engine/shadow_check.h"
 #include "server/metrics.h"
 #include "text/chat_template.h"
 
@@ -51,6 +52,7 @@ struct ModelInfo {
   const text::ChatTemplate* chat_template = nullptr;
   engine::SamplingLimits sampling_limits;
   int n_vocab = 0;
+  int embedding_size = 0;
   int context_max = 0;  // prompt and output: what the model, --max-context and the KV memory allow one sequence
   int choices_max = 0;
   size_t token_kv_bytes = 0;       // private 16-bit K and V of one token
@@ -64,7 +66,8 @@ class EngineThread {
     std::function<void(std::vector<Delivery>&&)> on_deliveries;
   };
 
-  EngineThread(engine::EngineOptions options, Metrics& metrics, Callbacks callbacks);
+  // `shadow_rate`: see engine::ShadowCheck.
+  EngineThread(engine::EngineOptions options, double shadow_rate, Metrics& metrics, Callbacks callbacks);
   ~EngineThread();  // as Stop
   EngineThread(const EngineThread&) = delete;
   EngineThread& operator=(const EngineThread&) = delete;
@@ -114,6 +117,7 @@ class EngineThread {
   void UpdateMetrics();
 
   engine::EngineOptions options_;
+  double shadow_rate_;
   Metrics& metrics_;
   Callbacks callbacks_;
 
@@ -124,6 +128,7 @@ class EngineThread {
 
   // The engine thread's.
   std::unique_ptr<engine::Engine> engine_;
+  std::unique_ptr<engine::ShadowCheck> shadow_;
   std::unique_ptr<text::ChatTemplate> chat_template_;
   ModelInfo model_;
   std::unordered_map<engine::RequestId, Open> open_;

@@ -29,8 +29,9 @@ struct Generations::Part {
 Generations::Generations(EngineThread& engine, Tenants& tenants) : engine_(engine), tenants_(tenants) {}
 Generations::~Generations() = default;
 
-void Generations::Start(Exchange& exchange, Tenant& tenant, const GenerationCall& call,
-                        std::vector<engine::Request> requests, Answer::Head head) {
+void Generations::Start(Exchange& exchange, Tenant& tenant, const GenerationCall& call, Prepared prepared,
+                        Answer::Head head) {
+  std::vector<engine::Request>& requests = prepared.requests;
   const ModelInfo& model = engine_.model();
   std::vector<int> prompt_tokens;
   std::vector<Use> uses;
@@ -52,8 +53,8 @@ void Generations::Start(Exchange& exchange, Tenant& tenant, const GenerationCall
   }
   if (const std::optional<ApiError> error = tenants_.Enter(tenant, sum)) throw *error;
 
-  auto open = std::make_shared<Call>(
-      Call{exchange, tenant, Answer(call, std::move(head), prompt_tokens, *model.tokenizer), {}});
+  auto open =
+      std::make_shared<Call>(Call{exchange, tenant, Answer(call, std::move(head), prepared, *model.tokenizer), {}});
   open->exchange.line().generates = true;
   for (size_t i = 0; i < requests.size(); ++i) {
     const Ticket ticket = next_ticket_++;

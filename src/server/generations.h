@@ -13,6 +13,7 @@
 #include "server/answer.h"
 #include "server/engine_thread.h"
 #include "server/exchange.h"
+#include "server/prepare.h"
 #include "server/tenants.h"
 
 namespace jointkv::server {
@@ -23,8 +24,7 @@ class Generations {
   ~Generations();
 
   // Throws an ApiError when there is no room; `exchange` is then still to be answered.
-  void Start(Exchange& exchange, Tenant& tenant, const GenerationCall& call, std::vector<engine::Request> requests,
-             Answer::Head head);
+  void Start(Exchange& exchange, Tenant& tenant, const GenerationCall& call, Prepared prepared, Answer::Head head);
   void OnDeliveries(std::vector<Delivery>&& deliveries);
 
   bool empty() const { return open_.empty(); }

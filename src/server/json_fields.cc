@@ -52,6 +52,18 @@ Json ParseObject(std::string_view body, int depth_max) {
   return json;
 }
 
+OrderedJson InOrder(std::string_view body, const std::string& field, size_t keys_max) {
+  size_t keys = 0;
+  bool inside = false;
+  const auto keep = [&](int depth, OrderedJson::parse_event_t event, OrderedJson& parsed) {
+    if (event != OrderedJson::parse_event_t::key) return true;
+    if (depth == 1) return inside = parsed == field;
+    if (inside && ++keys > keys_max) throw BadField(field, "has more than " + std::to_string(keys_max) + " keys");
+    return true;
+  };
+  return OrderedJson::parse(body, keep)[field];
+}
+
 const Json* Find(const Json& object, const char* key) {
   const auto found = object.find(key);
   return found == object.end() || found->is_null() ? nullptr : &*found;

@@ -15,9 +15,14 @@
 namespace jointkv::server {
 
 using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
 
 // The body as an object, nested at most `depth_max` deep.
 Json ParseObject(std::string_view body, int depth_max);
+
+// One field of an object's text with all keys in the order in which they stand there, which Json forgets. At most
+// `keys_max` keys: each costs a search among those beside it.
+OrderedJson InOrder(std::string_view body, const std::string& field, size_t keys_max);
 
 // Null counts as absent.
 const Json* Find(const Json& object, const char* key);

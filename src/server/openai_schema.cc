@@ -1,5 +1,6 @@
 #include "server/openai_schema.h"
 
+#include <algorithm>
 #include <charconv>
 #include <limits>
 
@@ -7,32 +8,19 @@ namespace jointkv::server {
 namespace {
 
 constexpr int kCompletionTokens = 16;  // OpenAI's default of /v1/completions
-constexpr size_t kListMax = 4096;      // the engine's own limits are lower and name the field
+constexpr size_t kSchemaKeys = 8192;
+constexpr size_t kListMax = 4096;  // the engine's own limits are lower and name the field
 
 // What the engine behind this server does not do. One place, so that it shrinks easily.
 void RefuseUnsupported(const Json& body, bool chat) {
   const auto refuse = [](const char* field, const std::string& what) {
     throw ApiError{.message = std::string(field) + ": " + what, .param = field, .code = "unsupported_value"};
   };
-  if (const Json* format = Find(body, "response_format")) {
-    if (StringOr(Object(*format, "response_format"), "type", "response_format") != "text") {
-      refuse("response_format", "only type text is supported yet");
-    }
-  }
   if (chat) {
-    const Json* choice = Find(body, "tool_choice");
-    const bool none = choice != nullptr && *choice == "none";
-    const Json* tools = Find(body, "tools");
-    if (tools != nullptr && !Array(*tools, "tools", kListMax).empty() && !none) {
-      refuse("tools", "tool calls are not supported yet");
-    }
     for (const char* field : {"functions", "function_call"}) {
       if (Find(body, field) != nullptr) refuse(field, "is superseded by tools and not supported");
     }
     return;
-  }
-  if (BoolOr(body, "echo", false) && Find(body, "logprobs") != nullptr) {
-    refuse("echo", "is not supported together with logprobs yet");
   }
   if (!StringOr(body, "suffix", "").empty()) refuse("suffix", "is not supported");
   if (const Json* best_of = Find(body, "best_of")) {
@@ -146,13 +134,123 @@ void ReadSampling(const Json& body, engine::SamplingParams& sampling) {
 }
 
 // max_completion_tokens is OpenAI's newer name.
-void ReadMaxTokens(const Json& body, GenerationCall& call) {
+void ReadMaxTokens(const Json& body, int least, GenerationCall& call) {
   for (const char* key : {"max_tokens", "max_completion_tokens"}) {
     const Json* value = Find(body, key);
     if (value == nullptr) continue;
     call.sampling.max_tokens = Integer(*value, key);
-    if (call.sampling.max_tokens < 1) throw BadField(key, std::to_string(call.sampling.max_tokens) + " is less than 1");
+    if (call.sampling.max_tokens < least) {
+      throw BadField(key, std::to_string(call.sampling.max_tokens) + " is less than " + std::to_string(least));
+    }
     call.names_max_tokens = true;
+  }
+}
+
+// A schema is an object, or the text of one.
+std::string SchemaText(const OrderedJson& schema, const std::string& field) {
+  if (schema.is_string()) return schema.get<std::string>();
+  if (schema.is_object()) return schema.dump();
+  throw ApiError{
+      .message = field + ": expected an object, got " + schema.type_name(), .param = field, .code = "invalid_type"};
+}
+
+// OpenAI's response_format, vLLM's structured_outputs and its older guided_json.
+void ReadOutputFormat(const Json& body, std::string_view text, GenerationCall& call) {
+  const auto schema_at = [&](const char* field, const std::vector<const char*>& path) {
+    OrderedJson schema = InOrder(text.empty() ? body.dump() : text, field, kSchemaKeys);
+    call.schema_field = field;
+    for (const char* key : path) {
+      call.schema_field += std::string(".") + key;
+      if (!schema.is_object() || !schema.contains(key)) throw BadField(call.schema_field, "is missing");
+      schema = OrderedJson(schema[key]);
+    }
+    call.json_schema = SchemaText(schema, call.schema_field);
+  };
+  int formats = 0;
+  if (const Json* format = Find(body, "response_format")) {
+    const std::string type = StringOr(Object(*format, "response_format"), "type", "response_format");
+    if (type == "json_object") {
+      call.schema_field = "response_format";
+      call.json_schema = R"({"type": "object"})";
+    } else if (type == "json_schema") {
+      const Json* schema = Find(*format, "json_schema");
+      if (schema == nullptr) throw BadField("response_format.json_schema", "is missing");
+      Object(*schema, "response_format.json_schema");
+      schema_at("response_format", {"json_schema", "schema"});
+    } else if (type != "text") {
+      throw BadField("response_format.type", "must be text, json_object or json_schema");
+    }
+    formats += type == "text" ? 0 : 1;
+  }
+  if (const Json* outputs = Find(body, "structured_outputs")) {
+    if (Find(Object(*outputs, "structured_outputs"), "json") == nullptr) {
+      throw ApiError{.message = "structured_outputs: only json is supported",
+                     .param = "structured_outputs",
+                     .code = "unsupported_value"};
+    }
+    schema_at("structured_outputs", {"json"});
+    ++formats;
+  }
+  if (Find(body, "guided_json") != nullptr) {
+    schema_at("guided_json", {});
+    ++formats;
+  }
+  if (formats > 1) throw BadField(call.schema_field, "is one format too many: give one");
+}
+
+text::Tool ReadTool(const Json& value, const OrderedJson& in_order, const std::string& field) {
+  if (StringOr(Object(value, field), "type", field, "function") != "function") {
+    throw BadField(field + ".type", "must be function");
+  }
+  const Json* function = Find(value, "function");
+  const std::string at = field + ".function";
+  if (function == nullptr) throw BadField(at, "is missing");
+  text::Tool tool;
+  tool.name = StringOr(Object(*function, at), "name", at);
+  if (tool.name.empty()) throw BadField(at + ".name", "is missing");
+  tool.description = StringOr(*function, "description", at);
+  if (const Json* parameters = Find(*function, "parameters")) {
+    Object(*parameters, at + ".parameters");
+    tool.parameters_json = in_order.at("function").at("parameters").dump();
+  }
+  return tool;
+}
+
+void ReadToolChoice(const Json& choice, GenerationCall& call) {
+  if (choice == "none" || choice == "auto" || choice == "required") {
+    call.tool_choice = choice == "none"   ? text::ToolChoice::kNone
+                       : choice == "auto" ? text::ToolChoice::kAuto
+                                          : text::ToolChoice::kRequired;
+  } else if (choice.is_object()) {
+    const Json* function = Find(choice, "function");
+    if (function == nullptr) throw BadField("tool_choice.function", "is missing");
+    call.tool_name = StringOr(Object(*function, "tool_choice.function"), "name", "tool_choice.function");
+    if (call.tool_name.empty()) throw BadField("tool_choice.function.name", "is missing");
+    const auto named = std::ranges::find(call.tools, call.tool_name, &text::Tool::name);
+    if (named == call.tools.end()) throw BadField("tool_choice.function.name", "is none of tools");
+  } else {
+    throw BadField("tool_choice", "expected \"none\", \"auto\", \"required\" or a function");
+  }
+  if (call.tools.empty() && call.tool_choice == text::ToolChoice::kRequired) {
+    throw BadField("tool_choice", "needs tools");
+  }
+}
+
+void ReadTools(const Json& body, std::string_view text, GenerationCall& call) {
+  if (const Json* tools = Find(body, "tools"); tools != nullptr && !Array(*tools, "tools", kListMax).empty()) {
+    const OrderedJson in_order = InOrder(text.empty() ? body.dump() : text, "tools", kSchemaKeys);
+    for (size_t i = 0; i < tools->size(); ++i) {
+      call.tools.push_back(ReadTool((*tools)[i], in_order.at(i), At("tools", i)));
+    }
+  }
+  if (const Json* choice = Find(body, "tool_choice")) ReadToolChoice(*choice, call);
+  if (!call.tools.empty() && call.tool_choice != text::ToolChoice::kNone && !call.json_schema.empty()) {
+    throw BadField(call.schema_field, "is not supported together with tools");
+  }
+  call.parallel_tool_calls = BoolOr(body, "parallel_tool_calls", true);
+  if (const Json* kwargs = Find(body, "chat_template_kwargs")) {
+    const Json* thinking = Find(Object(*kwargs, "chat_template_kwargs"), "enable_thinking");
+    if (thinking != nullptr) call.enable_thinking = Bool(*thinking, "chat_template_kwargs.enable_thinking");
   }
 }
 
@@ -162,11 +260,11 @@ bool FusionSwitch(const Json& value) {
   throw BadField("kv_fusion", "expected \"on\" or \"off\"");
 }
 
-GenerationCall ParseCommon(const Json& body) {
+GenerationCall ParseCommon(const Json& body, std::string_view text, int least_tokens = 1) {
   GenerationCall call;
   call.model = StringOr(body, "model", "");
   ReadSampling(body, call.sampling);
-  ReadMaxTokens(body, call);
+  ReadMaxTokens(body, least_tokens, call);
   call.stream = BoolOr(body, "stream", false);
   if (const Json* options = Find(body, "stream_options")) {
     if (!call.stream) throw BadField("stream_options", "is only allowed when stream is true");
@@ -175,34 +273,45 @@ GenerationCall ParseCommon(const Json& body) {
   }
   if (const Json* fusion = Find(body, "kv_fusion")) call.kv_fusion = FusionSwitch(*fusion);
   call.reports_kv = BoolOr(body, "kv", false);
+  ReadOutputFormat(body, text, call);
   return call;
 }
 
-std::vector<TextOrTokens> Prompts(const Json& value, const Limits& limits) {
-  const auto wrong = [](const std::string& field, const Json& got) {
+std::vector<TextOrTokens> Prompts(const Json& value, const std::string& name, const Limits& limits) {
+  const auto wrong = [&name](const std::string& field, const Json& got) {
     return ApiError{.message = field + ": expected a string, token ids, or a list of either, got " + got.type_name(),
-                    .param = "prompt",
+                    .param = name,
                     .code = "invalid_type"};
   };
   if (value.is_string()) return {value.get<std::string>()};
-  if (!value.is_array()) throw wrong("prompt", value);
-  if (value.empty()) throw BadField("prompt", "is empty");
-  if (value[0].is_number()) return {Tokens(value, "prompt", limits.body_bytes_max)};
+  if (!value.is_array()) throw wrong(name, value);
+  if (value.empty()) throw BadField(name, "is empty");
+  if (value[0].is_number()) return {Tokens(value, name, limits.body_bytes_max)};
   std::vector<TextOrTokens> prompts;
-  Array(value, "prompt", static_cast<size_t>(limits.prompts_max));
+  Array(value, name, static_cast<size_t>(limits.prompts_max));
   for (size_t i = 0; i < value.size(); ++i) {
     if (value[i].is_string()) {
       prompts.emplace_back(value[i].get<std::string>());
     } else if (value[i].is_array()) {
-      prompts.emplace_back(Tokens(value[i], At("prompt", i), limits.body_bytes_max));
+      prompts.emplace_back(Tokens(value[i], At(name, i), limits.body_bytes_max));
     } else {
-      throw wrong(At("prompt", i), value[i]);
+      throw wrong(At(name, i), value[i]);
     }
   }
   return prompts;
 }
 
 }  // namespace
+
+text::ChatOptions GenerationCall::chat_options() const {
+  text::ChatOptions options;
+  options.enable_thinking = enable_thinking;
+  options.parallel_tool_calls = parallel_tool_calls;
+  options.tool_choice = tool_choice;
+  options.tool_name = tool_name;
+  options.json_schema = json_schema;
+  return options;
+}
 
 std::vector<text::ChatMessage> Messages(const Json& body, const Limits& limits) {
   const Json* value = Find(body, "messages");
@@ -214,12 +323,13 @@ std::vector<text::ChatMessage> Messages(const Json& body, const Limits& limits) 
   return messages;
 }
 
-GenerationCall ParseChat(const Json& body, const Limits& limits) {
+GenerationCall ParseChat(const Json& body, const Limits& limits, std::string_view text) {
   RefuseUnsupported(body, true);
-  GenerationCall call = ParseCommon(body);
+  GenerationCall call = ParseCommon(body, text);
   call.chat = true;
   if (!call.names_max_tokens) call.sampling.max_tokens = engine::SamplingLimits().max_tokens_max;
   call.messages = Messages(body, limits);
+  ReadTools(body, text, call);
   const bool logprobs = BoolOr(body, "logprobs", false);
   call.sampling.logprobs = logprobs ? 0 : -1;
   if (const Json* top = Find(body, "top_logprobs")) {
@@ -234,19 +344,41 @@ GenerationCall ParseChat(const Json& body, const Limits& limits) {
   return call;
 }
 
-GenerationCall ParseCompletion(const Json& body, const Limits& limits) {
+GenerationCall ParseCompletion(const Json& body, const Limits& limits, std::string_view text) {
   RefuseUnsupported(body, false);
-  GenerationCall call = ParseCommon(body);
+  // A prompt that comes back with its logprobs may be all that is asked for.
+  const bool echo = BoolOr(body, "echo", false);
+  GenerationCall call = ParseCommon(body, text, echo ? 0 : 1);
   if (!call.names_max_tokens) call.sampling.max_tokens = kCompletionTokens;
   const Json* prompt = Find(body, "prompt");
   if (prompt == nullptr) throw BadField("prompt", "is missing");
-  call.prompts = Prompts(*prompt, limits);
-  call.echo = BoolOr(body, "echo", false);
+  call.prompts = Prompts(*prompt, "prompt", limits);
+  if (call.has_grammar() && call.prompts.size() > 1) throw BadField(call.schema_field, "needs a call of one prompt");
+  call.echo = echo;
   if (const Json* logprobs = Find(body, "logprobs")) {
     call.sampling.logprobs = Integer(*logprobs, "logprobs");
     if (call.sampling.logprobs < 0)
       throw BadField("logprobs", std::to_string(call.sampling.logprobs) + " is less than 0");
   }
+  const bool prompt_logprobs = echo && (call.sampling.logprobs >= 0 || call.sampling.max_tokens == 0);
+  if (prompt_logprobs && call.sampling.n != 1) {
+    throw BadField("n", "must be 1 with echo and logprobs, or without output");
+  }
+  return call;
+}
+
+GenerationCall ParseEmbedding(const Json& body, const Limits& limits) {
+  GenerationCall call;
+  call.embed = true;
+  call.model = StringOr(body, "model", "");
+  call.sampling.max_tokens = 0;
+  const Json* input = Find(body, "input");
+  if (input == nullptr) throw BadField("input", "is missing");
+  call.prompts = Prompts(*input, "input", limits);
+  const std::string format = StringOr(body, "encoding_format", "", "float");
+  if (format != "float" && format != "base64") throw BadField("encoding_format", "must be float or base64");
+  call.base64 = format == "base64";
+  if (const Json* dimensions = Find(body, "dimensions")) call.dimensions = Integer(*dimensions, "dimensions");
   return call;
 }
 

@@ -3,7 +3,9 @@
 // Threads: free functions, any number of threads. Owns: nothing. Fails how: an ApiError is thrown that names the field.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -17,12 +19,17 @@ namespace jointkv::server {
 
 using TextOrTokens = std::variant<std::string, std::vector<TokenId>>;
 
-// A body of /v1/chat/completions or /v1/completions.
+// A body of /v1/chat/completions, /v1/completions or /v1/embeddings.
 struct GenerationCall {
   bool chat = false;
   std::string model;                        // empty: not named
   std::vector<text::ChatMessage> messages;  // chat
-  std::vector<TextOrTokens> prompts;        // completions; one or more
+  std::vector<text::Tool> tools;            // chat
+  text::ToolChoice tool_choice = text::ToolChoice::kAuto;
+  std::string tool_name;  // the only one that may be called, and must be
+  bool parallel_tool_calls = true;
+  bool enable_thinking = true;        // "chat_template_kwargs": {"enable_thinking": ..}
+  std::vector<TextOrTokens> prompts;  // completions; one or more
   engine::SamplingParams sampling;
   bool names_max_tokens = false;  // else sampling.max_tokens is a default, cut to what the context leaves
   bool stream = false;
@@ -30,10 +37,22 @@ struct GenerationCall {
   bool echo = false;        // completions: the text begins with the prompt
   bool kv_fusion = true;    // "kv_fusion": "on" or "off"
   bool reports_kv = false;  // "kv": true
+  bool embed = false;       // embeddings: `prompts` as vectors
+  bool base64 = false;
+  std::optional<int> dimensions;
+  std::string json_schema;  // of the output; empty: any text
+  std::string schema_field;
+
+  text::ChatOptions chat_options() const;
+  // Preparing it compiles a grammar, which may take a while.
+  bool has_grammar() const { return !json_schema.empty() || !tools.empty(); }
 };
 
-GenerationCall ParseChat(const Json& body, const Limits& limits);
-GenerationCall ParseCompletion(const Json& body, const Limits& limits);
+// `text` is the body's own, for the order of keys in schemas; without it they are in alphabetical order.
+GenerationCall ParseChat(const Json& body, const Limits& limits, std::string_view text = {});
+GenerationCall ParseCompletion(const Json& body, const Limits& limits, std::string_view text = {});
+
+GenerationCall ParseEmbedding(const Json& body, const Limits& limits);
 
 // The field `messages` of an object.
 std::vector<text::ChatMessage> Messages(const Json& body, const Limits& limits);

@@ -103,13 +103,30 @@ TEST(OpenAiSchema, WrongTypesNameTheField) {
       {"stream_options", {text, number, yes, list, object}},
       {"kv_fusion", {text, number, list, object}},
       {"kv", {text, number, list, object}},
-      {"response_format", {text, number, yes, list, {{"type", 5}}, {{"type", "json_object"}}}},
+      {"response_format",
+       {text,
+        number,
+        yes,
+        list,
+        {{"type", 5}},
+        {{"type", "xml"}},
+        {{"type", "json_schema"}},
+        {{"type", "json_schema"}, {"json_schema", 5}},
+        {{"type", "json_schema"}, {"json_schema", {{"schema", 5}}}}}},
+      {"structured_outputs", {text, number, yes, list, {{"json", 5}}, {{"regex", "a*"}}}},
+      {"guided_json", {number, yes, list}},
   };
   const std::vector<Field> chat = {
       {"messages", {nullptr, text, number, yes, object, Json::array(), list}},
       {"logprobs", {text, number, list, object}},
       {"top_logprobs", {text, number, yes, list, object, Json(3)}},
-      {"tools", {text, number, yes, object, list}},
+      {"tools",
+       {text, number, yes, object, list, Json::array({5}), Json::parse(R"([{"type": "x"}])"),
+        Json::parse(R"([{"function": {"name": 5}}])"),
+        Json::parse(R"([{"function": {"name": "f", "parameters": 5}}])")}},
+      {"tool_choice", {text, number, yes, list, object, "required", Json::parse(R"({"function": {"name": "f"}})")}},
+      {"parallel_tool_calls", {text, number, list, object}},
+      {"chat_template_kwargs", {text, number, yes, list, {{"enable_thinking", 5}}}},
   };
   const std::vector<Field> completion = {
       {"prompt", {nullptr, number, yes, object, Json::array(), list, Json::parse("[1, \"a\"]"), Json::parse("[1.5]")}},
@@ -148,6 +165,84 @@ TEST(OpenAiSchema, MessagesOfEveryShape) {
   ASSERT_EQ(messages[2].tool_calls.size(), 1U);
   EXPECT_EQ(messages[2].tool_calls[0].name, "f");
   EXPECT_EQ(messages[3].tool_call_id, "1");
+}
+
+TEST(OpenAiSchema, SchemasKeepTheirKeysInOrder) {
+  const std::string schema = R"({"type":"object","properties":{"z":{"type":"string"},"a":{"type":"integer"}}})";
+  const std::string json_schema = R"("response_format": {"type": "json_schema", "json_schema": {"name": "x",
+      "schema": )" + schema + "}}";
+  for (const std::string& format :
+       {json_schema, R"("guided_json": )" + schema, R"("structured_outputs": {"json": )" + schema + "}"}) {
+    const std::string body = R"({"prompt": "a", )" + format + "}";
+    const GenerationCall call = ParseCompletion(ParseObject(body, 64), Limits(), body);
+    EXPECT_EQ(call.json_schema, schema);
+    EXPECT_TRUE(call.has_grammar());
+  }
+  const std::string tools = R"({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function",
+      "function": {"name": "f", "description": "d", "parameters": )" +
+                            schema + R"(}}],
+      "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": false})";
+  const GenerationCall call = ParseChat(ParseObject(tools, 64), Limits(), tools);
+  ASSERT_EQ(call.tools.size(), 1U);
+  EXPECT_EQ(call.tools[0].name, "f");
+  EXPECT_EQ(call.tools[0].description, "d");
+  EXPECT_EQ(call.tools[0].parameters_json, schema);
+  EXPECT_EQ(call.tool_name, "f");
+  EXPECT_FALSE(call.chat_options().parallel_tool_calls);
+}
+
+TEST(OpenAiSchema, KeysOfSchemasAreBounded) {
+  std::string body = R"({"prompt": "a", "guided_json": {"a": 1)";
+  for (int i = 0; i < 9000; ++i) body += ",\"k" + std::to_string(i % 3) + "\":1";
+  body += "}}";
+  EXPECT_THROW(ParseCompletion(ParseObject(body, 64), Limits(), body), ApiError);
+}
+
+TEST(OpenAiSchema, OneFormatPerCallAndOnePromptPerFormat) {
+  Json body = kCompletion;
+  body["guided_json"] = Json::object();
+  body["response_format"] = {{"type", "json_object"}};
+  EXPECT_EQ(ErrorOf(body, false).param, "guided_json");
+  body.erase("guided_json");
+  EXPECT_EQ(ErrorOf(body, false).message, "");
+  body["prompt"] = {"a", "b"};
+  EXPECT_EQ(ErrorOf(body, false).param, "response_format");
+}
+
+TEST(OpenAiSchema, EchoMayAskForNoOutput) {
+  EXPECT_EQ(ErrorOf(With(kCompletion, "max_tokens", 0), false).param, "max_tokens");
+  Json body = Json::parse(R"({"prompt": [[1, 2]], "echo": true, "max_tokens": 0, "logprobs": 1})");
+  const GenerationCall call = ParseCompletion(body, Limits());
+  EXPECT_TRUE(call.echo);
+  EXPECT_EQ(call.sampling.max_tokens, 0);
+  EXPECT_EQ(call.sampling.logprobs, 1);
+  body["n"] = 2;
+  EXPECT_EQ(ErrorOf(body, false).param, "n");
+}
+
+TEST(OpenAiSchema, Embeddings) {
+  const GenerationCall call =
+      ParseEmbedding(Json::parse(R"({"input": ["a", "b"], "encoding_format": "base64", "dimensions": 5})"), Limits());
+  EXPECT_TRUE(call.embed);
+  EXPECT_TRUE(call.base64);
+  EXPECT_EQ(call.dimensions, 5);
+  EXPECT_EQ(call.prompts.size(), 2U);
+  for (const auto& [body, param] : std::vector<std::pair<const char*, const char*>>{
+           {R"({})", "input"},
+           {R"({"input": 5})", "input"},
+           {R"({"input": []})", "input"},
+           {R"({"input": [{}]})", "input"},
+           {R"({"input": "a", "model": 5})", "model"},
+           {R"({"input": "a", "encoding_format": "hex"})", "encoding_format"},
+           {R"({"input": "a", "encoding_format": 5})", "encoding_format"},
+           {R"({"input": "a", "dimensions": "x"})", "dimensions"}}) {
+    try {
+      ParseEmbedding(Json::parse(body), Limits());
+      ADD_FAILURE() << body;
+    } catch (const ApiError& error) {
+      EXPECT_EQ(error.param, param) << body;
+    }
+  }
 }
 
 TEST(OpenAiSchema, BadMessagesNameTheirPlace) {

@@ -20,6 +20,7 @@ struct ServerOptions {
   std::string model_name;  // as clients name it; empty: the file's
   double drain_timeout_s = 30;
   LogFormat log_format = LogFormat::kText;
+  double shadow_rate = 0;  // share of requests that run again with exact K and V when the engine is idle
   Limits limits;
   std::string version;
 };

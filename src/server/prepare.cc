@@ -1,7 +1,10 @@
 #include "server/prepare.h"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
+
+#include "text/grammar.h"
 
 namespace jointkv::server {
 namespace {
@@ -9,6 +12,7 @@ namespace {
 // An upper bound of the JSON for one token of an answer that is not streamed.
 constexpr uint64_t kTokenBytes = 16;
 constexpr uint64_t kLogprobBytes = 160;
+constexpr uint64_t kFloatBytes = 24;
 
 std::string TokensText(size_t tokens) { return std::to_string(tokens) + " tokens"; }
 
@@ -39,17 +43,68 @@ void CheckContext(const std::vector<TokenId>& prompt, GenerationCall& call, cons
 }
 
 // An answer that is collected before it is sent must have a bound.
-void CheckAnswerSize(const GenerationCall& call, size_t prompts, const Limits& limits) {
-  if (call.stream) return;
+void CheckAnswerSize(const GenerationCall& call, size_t prompts, size_t prompt_tokens, int embedding_size,
+                     const Limits& limits) {
+  if (call.stream && !call.echo) return;
+  if (call.embed) {
+    const uint64_t bytes = prompts * static_cast<uint64_t>(embedding_size) * kFloatBytes;
+    if (bytes <= limits.response_bytes_max) return;
+    throw BadField("input", "an answer of up to " + std::to_string(bytes) + " bytes is above the limit of " +
+                                std::to_string(limits.response_bytes_max));
+  }
   const engine::SamplingParams& sampling = call.sampling;
   const uint64_t token_bytes =
       kTokenBytes + (sampling.logprobs < 0 ? 0 : kLogprobBytes * static_cast<uint64_t>(sampling.logprobs + 1));
-  const uint64_t bytes =
-      prompts * static_cast<uint64_t>(sampling.n) * static_cast<uint64_t>(sampling.max_tokens) * token_bytes;
+  const uint64_t bytes = prompts * static_cast<uint64_t>(sampling.n) *
+                         (static_cast<uint64_t>(sampling.max_tokens) + (call.echo ? prompt_tokens : 0)) * token_bytes;
   if (bytes <= limits.response_bytes_max) return;
   throw BadField("max_tokens", "an answer of up to " + std::to_string(bytes) + " bytes is above the limit of " +
                                    std::to_string(limits.response_bytes_max) +
                                    ": ask for fewer tokens, choices or logprobs, or for a stream");
+}
+
+// What the room text says of a chat, by the API's name.
+ApiError ChatError(const Status& status, const std::string& schema_field) {
+  const std::string& message = status.message();
+  const std::string field = message.substr(0, message.find_first_of(":[ "));
+  if (field == "parameters") return BadField("tools", message);  // of a tool
+  for (const char* name : {"tools", "tool_choice"}) {
+    if (field == name) return {.message = message, .param = name, .code = "invalid_value"};
+  }
+  return BadField(field == "json_schema" ? schema_field : "messages", message);
+}
+
+text::ChatPrompt Render(const std::vector<text::ChatMessage>& messages, const std::vector<text::Tool>& tools,
+                        const text::ChatOptions& options, const ModelInfo& model,
+                        const std::string& schema_field = "") {
+  size_t bytes = 0;
+  for (const text::ChatMessage& message : messages) {
+    bytes += message.content.size();
+    for (const text::ToolCall& call : message.tool_calls) bytes += call.name.size() + call.arguments_json.size();
+  }
+  for (const text::Tool& tool : tools) bytes += tool.description.size() + tool.parameters_json.size();
+  CheckTextLength(bytes, "messages", model);
+  Expected<text::ChatPrompt> prompt = model.chat_template->Render(messages, tools, options);
+  if (!prompt.ok()) throw ChatError(prompt.status(), schema_field);
+  return std::move(prompt).value();
+}
+
+std::vector<TokenId> EncodePrompt(const text::ChatPrompt& prompt, const ModelInfo& model) {
+  Expected<std::vector<TokenId>> tokens = model.chat_template->EncodePrompt(prompt);
+  if (!tokens.ok()) throw BadField("messages", tokens.status().message());
+  return std::move(tokens).value();
+}
+
+std::shared_ptr<text::Grammar> CompileGrammar(const GenerationCall& call, const text::ChatPrompt& chat,
+                                              const ModelInfo& model) {
+  if (!call.has_grammar()) return nullptr;
+  const auto checked = [&](Expected<std::shared_ptr<text::Grammar>> grammar) {
+    if (!grammar.ok()) throw BadField(call.tools.empty() ? call.schema_field : "tools", grammar.status().message());
+    return std::move(grammar).value();
+  };
+  if (!call.chat) return checked(text::Grammar::FromJsonSchema(*model.tokenizer, call.json_schema));
+  if (chat.grammar.empty()) return nullptr;
+  return checked(text::Grammar::Compile(*model.tokenizer, chat.grammar));
 }
 
 }  // namespace
@@ -63,34 +118,36 @@ std::vector<TokenId> Encode(const std::string& text, const std::string& field, c
 }
 
 std::vector<TokenId> EncodeMessages(const std::vector<text::ChatMessage>& messages, const ModelInfo& model,
-                                    bool add_generation_prompt, std::vector<std::string>* stops) {
-  size_t bytes = 0;
-  for (const text::ChatMessage& message : messages) bytes += message.content.size();
-  CheckTextLength(bytes, "messages", model);
+                                    bool add_generation_prompt) {
   text::ChatOptions options;
   options.add_generation_prompt = add_generation_prompt;
-  const Expected<text::ChatPrompt> prompt = model.chat_template->Render(messages, {}, options);
-  if (!prompt.ok()) throw BadField("messages", prompt.status().message());
-  Expected<std::vector<TokenId>> tokens = model.chat_template->EncodePrompt(*prompt);
-  if (!tokens.ok()) throw BadField("messages", tokens.status().message());
-  if (stops != nullptr) *stops = prompt->stops;
-  return std::move(tokens).value();
+  return EncodePrompt(Render(messages, {}, options, model), model);
 }
 
-std::vector<engine::Request> Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits) {
+Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits) {
   GenerationCall checked = call;
-  if (const Status status = Validate(call.sampling, model.n_vocab, model.sampling_limits); !status.ok()) {
+  engine::SamplingParams with_output = call.sampling;
+  with_output.max_tokens = std::max(with_output.max_tokens, 1);
+  if (const Status status = Validate(with_output, model.n_vocab, model.sampling_limits); !status.ok()) {
     throw FromEngine(status);
   }
   if (call.sampling.n > model.choices_max) {
     throw BadField("n", std::to_string(call.sampling.n) + " is more than " + std::to_string(model.choices_max) +
                             ", what runs at once");
   }
+  if (call.dimensions.value_or(model.embedding_size) != model.embedding_size) {
+    throw BadField("dimensions",
+                   std::to_string(*call.dimensions) + " is not the model's " + std::to_string(model.embedding_size));
+  }
   std::vector<std::vector<TokenId>> prompts;
-  std::vector<std::string> stops;
-  if (call.chat) prompts.push_back(EncodeMessages(call.messages, model, true, &stops));
+  text::ChatPrompt chat;
+  if (call.chat) {
+    chat = Render(call.messages, call.tools, call.chat_options(), model, call.schema_field);
+    prompts.push_back(EncodePrompt(chat, model));
+  }
+  const std::string name = call.chat ? "messages" : call.embed ? "input" : "prompt";
   for (size_t i = 0; i < call.prompts.size(); ++i) {
-    const std::string field = call.prompts.size() == 1 ? "prompt" : At("prompt", i);
+    const std::string field = call.prompts.size() == 1 ? name : At(name, i);
     const auto* tokens = std::get_if<std::vector<TokenId>>(&call.prompts[i]);
     prompts.push_back(tokens != nullptr ? *tokens : Encode(std::get<std::string>(call.prompts[i]), field, model));
     for (const TokenId token : prompts.back()) {
@@ -99,18 +156,25 @@ std::vector<engine::Request> Prepare(const GenerationCall& call, const ModelInfo
           field, "token " + std::to_string(token) + " is not in the vocabulary of " + std::to_string(model.n_vocab));
     }
   }
-  std::vector<engine::Request> requests;
+  Prepared prepared;
+  prepared.format = chat.format;
   for (std::vector<TokenId>& prompt : prompts) {
     checked.sampling = call.sampling;
-    CheckContext(prompt, checked, call.chat ? "messages" : "prompt", model);
-    CheckAnswerSize(checked, prompts.size(), limits);
-    engine::Request& request = requests.emplace_back();
+    CheckContext(prompt, checked, name, model);
+    CheckAnswerSize(checked, prompts.size(), prompt.size(), model.embedding_size, limits);
+    engine::Request& request = prepared.requests.emplace_back();
     request.prompt = std::move(prompt);
     request.sampling = checked.sampling;
-    request.sampling.stop.insert(request.sampling.stop.end(), stops.begin(), stops.end());
+    request.sampling.stop.insert(request.sampling.stop.end(), chat.stops.begin(), chat.stops.end());
+    request.visible_tokens = chat.visible_tokens;
+    request.grammar = CompileGrammar(call, chat, model);
     request.kv_fusion = call.kv_fusion;
+    request.embed = call.embed;
+    if (call.echo && call.sampling.logprobs >= 0) request.prompt_logprobs = call.sampling.logprobs;
+    if (call.echo && call.sampling.max_tokens == 0) request.prompt_logprobs = std::max(call.sampling.logprobs, 0);
+    if (request.prompt_logprobs >= 0) prepared.echoed.push_back(request.prompt);
   }
-  return requests;
+  return prepared;
 }
 
 }  // namespace jointkv::server

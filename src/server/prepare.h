@@ -3,6 +3,7 @@
 // Threads: free functions, any number of threads. Owns: nothing. Fails how: an ApiError is thrown.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -12,13 +13,18 @@
 
 namespace jointkv::server {
 
-// One for each prompt.
-std::vector<engine::Request> Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits);
+struct Prepared {
+  std::vector<engine::Request> requests;           // one for each prompt
+  std::vector<std::vector<TokenId>> echoed;        // the prompts, where their logprobs are asked for
+  std::shared_ptr<const text::ChatFormat> format;  // of a chat's output; none: all of it is content
+};
+
+Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits);
 
 // Refused without tokenising when it is certainly longer than the context.
 std::vector<TokenId> Encode(const std::string& text, const std::string& field, const ModelInfo& model,
                             bool add_special = true);
 std::vector<TokenId> EncodeMessages(const std::vector<text::ChatMessage>& messages, const ModelInfo& model,
-                                    bool add_generation_prompt, std::vector<std::string>* stops = nullptr);
+                                    bool add_generation_prompt);
 
 }  // namespace jointkv::server

@@ -35,7 +35,7 @@ class Server {
               [this](HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
                 api_.Handle(std::move(request), std::move(channel));
               }),
-        engine_(engine_options, metrics_,
+        engine_(engine_options, options.shadow_rate, metrics_,
                 {[this](const Status& status) { http_.Post([this, status] { OnLoaded(status); }); },
                  [this](std::vector<Delivery>&& deliveries) {
                    // Asio's handlers are copyable.

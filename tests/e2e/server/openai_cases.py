@@ -1,5 +1,6 @@
 """The API through the real `openai` client."""
 
+import json
 import unittest
 
 import openai
@@ -126,6 +127,96 @@ class OpenAi(unittest.TestCase):
         for fusion in ("on", "off"):
             answer = self.complete(extra_body={"kv_fusion": fusion, "kv": True})
             self.assertIn("compression", answer.kv)
+
+    def test_output_is_json(self):
+        answer = self.chat(temperature=0, max_tokens=100, response_format={"type": "json_object"})
+        if answer.choices[0].finish_reason == "stop":
+            self.assertIsInstance(json.loads(answer.choices[0].message.content), dict)
+        self.assertTrue(answer.choices[0].message.content.startswith("{"))
+
+    def test_output_is_of_a_schema(self):
+        schema = {"type": "object", "properties": {"z": {"enum": ["red", "blue"]}, "a": {"type": "boolean"}},
+                  "required": ["z", "a"], "additionalProperties": False}
+        for fields in ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}},
+                       {"extra_body": {"guided_json": schema}}):
+            with self.subTest(fields=fields):
+                # Blanks are allowed anywhere; a small model may not stop writing them.
+                answer = self.chat(temperature=0, max_tokens=200, **fields)
+                self.assertEqual(answer.choices[0].finish_reason, "stop")
+                value = json.loads(answer.choices[0].message.content)
+                self.assertEqual(list(value), ["z", "a"])
+                self.assertIn(value["z"], ("red", "blue"))
+                chunks = self.chat(temperature=0, max_tokens=200, stream=True, **fields)
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+                self.assertEqual(json.loads(text), value)
+
+    def test_bad_schemas(self):
+        for schema in ({"type": "nonsense"}, {"$ref": "#/nowhere"}):
+            with self.assertRaises(openai.BadRequestError) as caught:
+                self.chat(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}})
+            self.assertTrue(caught.exception.param.startswith("response_format"))
+
+    TOOLS = [{"type": "function", "function": {
+        "name": "weather", "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+                       "additionalProperties": False}}}]
+
+    def test_tools_need_a_template_that_knows_them(self):
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            with self.subTest(choice=choice), self.assertRaises(openai.BadRequestError) as caught:
+                self.chat(tools=self.TOOLS, tool_choice=choice)
+            self.assertEqual(caught.exception.param, "tool_choice")
+
+    def test_tools_that_are_not_called(self):
+        answer, = self.chat(tools=self.TOOLS, tool_choice="none").choices
+        self.assertIsNone(answer.message.tool_calls)
+
+    def test_prompt_logprobs(self):
+        prompt = [5, 6, 7, 300, 301]
+        only, = self.complete(prompt=prompt, echo=True, logprobs=2, max_tokens=0).choices
+        self.assertEqual(len(only.logprobs.tokens), 5)
+        self.assertIsNone(only.logprobs.token_logprobs[0])
+        self.assertIsNone(only.logprobs.top_logprobs[0])
+        self.assertEqual(only.logprobs.text_offset[0], 0)
+        self.assertTrue(all(logprob <= 0 for logprob in only.logprobs.token_logprobs[1:]))
+        self.assertEqual(only.finish_reason, "length")
+        more, = self.complete(prompt=prompt, echo=True, logprobs=2, max_tokens=1, temperature=0).choices
+        self.assertEqual(len(more.logprobs.tokens), 6)
+        self.assertEqual(more.logprobs.tokens[:5], only.logprobs.tokens)
+        for a, b in zip(more.logprobs.token_logprobs[1:5], only.logprobs.token_logprobs[1:]):
+            self.assertAlmostEqual(a, b, delta=0.1)
+        several = self.complete(prompt=[prompt, prompt[:3]], echo=True, logprobs=0, max_tokens=0)
+        self.assertEqual([len(choice.logprobs.tokens) for choice in several.choices], [5, 3])
+        chunks = list(self.complete(prompt=prompt, echo=True, logprobs=1, max_tokens=2, stream=True,
+                                    extra_body={"ignore_eos": True}))
+        self.assertEqual(sum(len(chunk.choices[0].logprobs.tokens) for chunk in chunks
+                             if chunk.choices and chunk.choices[0].logprobs), 7)
+
+    def test_embeddings(self):
+        texts = ["A cat sat on the mat.", "A cat sat on a mat.", "Interest rates rose again."]
+        answer = self.client.embeddings.create(model="test-model", input=texts)  # asks for base64
+        a, b, c = (row.embedding for row in answer.data)
+        plain = self.client.embeddings.create(model="test-model", input=texts[0], encoding_format="float")
+        self.assertEqual(len(plain.data[0].embedding), len(a))
+        for x, y in zip(plain.data[0].embedding, a):
+            self.assertAlmostEqual(x, y, delta=0.05 * max(1, abs(y)))
+        def cosine(x, y):
+            dot = sum(p * q for p, q in zip(x, y))
+            return dot / (sum(p * p for p in x) * sum(q * q for q in y)) ** 0.5
+        self.assertGreater(cosine(a, b), cosine(a, c))
+        self.assertGreater(answer.usage.prompt_tokens, 15)
+        for fields, param in (({"input": []}, "input"), ({"input": "a", "dimensions": 5}, "dimensions")):
+            with self.assertRaises(openai.BadRequestError) as caught:
+                self.client.embeddings.create(model="test-model", **fields)
+            self.assertEqual(caught.exception.param, param)
+
+    def test_shadow_check(self):
+        with_shadow = Server("--shadow-rate", "1")
+        try:
+            with_shadow.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4, "ignore_eos": True})
+            with_shadow.wait_until(lambda: with_shadow.metric("jointkv_shadow_kl_nats_count") >= 1, "a shadow run")
+        finally:
+            self.assertEqual(with_shadow.stop(), 0)
 
     def test_errors_are_the_clients_own(self):
         with self.assertRaises(openai.BadRequestError) as caught:
