@@ -162,7 +162,7 @@ class Generate(Case):
         self.assert_usage("--no-such-flag", "generate", "--prompt", "a", "--no-such-flag")
         self.assert_usage("12Q", "generate", "--prompt", "a", "--kv-bytes", "12Q")
         self.assert_usage("--threads", "generate", "--prompt", "a", "--threads", "-3")
-        self.assert_usage("--kv-type", "generate", "--prompt", "a", "--kv-type", "q4")
+        self.assert_usage("--kv-type", "generate", "--prompt", "a", "--kv-type", "q5")
         self.assert_usage("--logit-bias", "generate", "--prompt", "a", "--logit-bias", "5")
         self.assert_usage("temperature", "generate", "--prompt", "a", "--temperature", "-1")
         self.assert_usage("make setup", "generate", "--prompt", "a", "-m", "/nonexistent.gguf")
@@ -225,7 +225,7 @@ class Chat(Case):
 class Eval(Case):
     SMALL = ["--requests", 3, "--documents", 3, "--pool", 4, "--seeds", 1, "--continuation", 8]
     FIELDS = ["workload", "model", "policy", "budget", "similarity", "threshold", "cosine_scope", "kv_type",
-              "simulated", "requests", "tokens", "prompt_tokens", "seeds", "compression", "compression_spread",
+              "requests", "tokens", "prompt_tokens", "seeds", "compression", "compression_spread",
               "exact_factor", "fusion_factor", "codec_factor", "bytes_held", "metadata_bytes", "logical_bytes",
               "all_resident", "kl_mean", "kl_mean_spread", "kl_p99", "top1", "ppl_ratio", "equal_token_share",
               "worst_nmse", "blocks_offered", "blocks_fused", "blocks_rejected", "fusion_s", "fusion_share",
@@ -237,13 +237,11 @@ class Eval(Case):
                    "--json", output, "--plot", plot, *KV)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertRegex(done.stdout, r"(?m)^bounded 0.2 +bf16")
-        self.assertIn("no storage yet", done.stdout)
         told = json.loads(output.read_text())
         results = told["results"]
-        self.assertEqual([(r["policy"], r["budget"], r["kv_type"], r["simulated"]) for r in results],
-                         [("off", None, "bf16", False), ("bounded", 0.02, "bf16", False),
-                          ("bounded", 0.2, "bf16", False), ("off", None, "q4", True), ("bounded", 0.02, "q4", True),
-                          ("bounded", 0.2, "q4", True)])
+        self.assertEqual([(r["policy"], r["budget"], r["kv_type"]) for r in results],
+                         [("off", None, "bf16"), ("bounded", 0.02, "bf16"), ("bounded", 0.2, "bf16"),
+                          ("off", None, "q4"), ("bounded", 0.02, "q4"), ("bounded", 0.2, "q4")])
         for result in results:
             self.assertEqual(list(result), self.FIELDS)
             self.assertEqual((result["tokens"], result["requests"], result["seeds"]), (24, 3, [1]))
