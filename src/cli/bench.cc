@@ -32,6 +32,16 @@ struct Peaks {
   double bf16_gflop_s = 0;
 };
 
+// All that some layer has, in the order of layers.
+std::string KvTypeNames(const kv::KvShape& shape) {
+  std::vector<std::string> names;
+  for (int layer = 0; layer < shape.n_layers(); ++layer) {
+    const engine::KvType type = {shape.sealed_codec(2 * layer), shape.sealed_codec(2 * layer + 1)};
+    if (std::ranges::find(names, type.name()) == names.end()) names.push_back(type.name());
+  }
+  return fmt::format("{}", fmt::join(names, ", "));
+}
+
 double Share(double value, double peak) { return peak > 0 ? value / peak : 0; }
 
 nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
@@ -42,7 +52,7 @@ nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
                                  {"threads", engine.threads()},
                                  {"compute", dense::PrecisionName(engine.model().precision())},
                                  {"quantised_rows", engine.model().quantised_rows()},
-                                 {"kv_type", codec::CodecName(engine.cache().shape().layout.codec)},
+                                 {"kv_type", KvTypeNames(engine.cache().shape())},
                                  {"step_tokens", engine.options().step_tokens},
                                  {"deterministic", engine.options().deterministic},
                                  {"machine", {{"read_gb_s", peaks.read_gb_s}, {"bf16_gflop_s", peaks.bf16_gflop_s}}},

@@ -1,86 +1,34 @@
 #include "cli/prompts.h"
 
 #include <charconv>
-#include <cmath>
-#include <limits>
 #include <set>
 
-#include <nlohmann/json.hpp>
-
 #include "cli/lines.h"
+#include "server/json_fields.h"
 #include "text/template_guard.h"
 
 namespace jointkv::cli {
 namespace {
 
-using Json = nlohmann::json;
+using server::Array;
+using server::At;
+using server::Bool;
+using server::Find;
+using server::Integer;
+using server::Json;
+using server::Number;
+using server::Object;
+using server::String;
+using server::StringOr;
+using server::Tokens;
 
-// Carries a Status through the helpers below; never leaves ParsePrompt.
-struct Bad {
-  Status status;
-};
-
-[[noreturn]] void Fail(const std::string& field, const std::string& what) {
-  throw Bad{Status(StatusCode::kInvalidArgument, field + ": " + what)};
-}
-
-const Json* Find(const Json& object, const char* key) {
-  const auto found = object.find(key);
-  return found == object.end() || found->is_null() ? nullptr : &*found;
-}
-
-const std::string& String(const Json& value, const std::string& field) {
-  if (!value.is_string()) Fail(field, std::string("expected a string, got ") + value.type_name());
-  return value.get_ref<const std::string&>();
-}
-
-std::string StringOr(const Json& object, const char* key, const std::string& field) {
-  const Json* value = Find(object, key);
-  return value == nullptr ? "" : String(*value, field + "." + key);
-}
-
-int Integer(const Json& value, const std::string& field) {
-  if (!value.is_number_integer()) Fail(field, std::string("expected a whole number, got ") + value.type_name());
-  const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > std::numeric_limits<int>::max();
-  if (too_large || (!value.is_number_unsigned() && value.get<int64_t>() < std::numeric_limits<int>::min())) {
-    throw Bad{Status(StatusCode::kOutOfRange, field + ": " + value.dump() + " does not fit 32 bits")};
-  }
-  return value.get<int>();
-}
-
-float Number(const Json& value, const std::string& field) {
-  if (!value.is_number()) Fail(field, std::string("expected a number, got ") + value.type_name());
-  const double number = value.get<double>();
-  if (!(std::abs(number) <= std::numeric_limits<float>::max())) Fail(field, value.dump() + " is too large");
-  return static_cast<float>(number);
-}
-
-bool Bool(const Json& value, const std::string& field) {
-  if (!value.is_boolean()) Fail(field, std::string("expected true or false, got ") + value.type_name());
-  return value.get<bool>();
-}
+[[noreturn]] void Fail(const std::string& field, const std::string& what) { throw server::BadField(field, what); }
 
 bool Switch(const Json& value, const std::string& field) {
   if (value.is_boolean()) return value.get<bool>();
   if (value == "on" || value == "off") return value == "on";
   Fail(field, "expected true, false, \"on\" or \"off\"");
 }
-
-const Json& Array(const Json& value, const std::string& field, size_t size_max) {
-  if (!value.is_array()) Fail(field, std::string("expected an array, got ") + value.type_name());
-  if (value.size() > size_max) {
-    throw Bad{Status(StatusCode::kOutOfRange,
-                     field + ": " + std::to_string(value.size()) + " entries, at most " + std::to_string(size_max))};
-  }
-  return value;
-}
-
-const Json& Object(const Json& value, const std::string& field) {
-  if (!value.is_object()) Fail(field, std::string("expected an object, got ") + value.type_name());
-  return value;
-}
-
-std::string At(const std::string& field, size_t index) { return field + "[" + std::to_string(index) + "]"; }
 
 // A string, or the text parts of an array of parts.
 std::string Content(const Json& value, const std::string& field) {
@@ -148,14 +96,6 @@ Conversation ConversationOf(const Json& row, const PromptLimits& limits) {
     conversation.parallel_tool_calls = Bool(*parallel, "parallel_tool_calls");
   }
   return conversation;
-}
-
-std::vector<TokenId> Tokens(const Json& value, const std::string& field, size_t size_max) {
-  std::vector<TokenId> tokens;
-  Array(value, field, size_max);
-  tokens.reserve(value.size());
-  for (size_t i = 0; i < value.size(); ++i) tokens.push_back(Integer(value[i], At(field, i)));
-  return tokens;
 }
 
 void ReadLogitBias(const Json& value, engine::SamplingParams& sampling) {
@@ -292,8 +232,8 @@ Expected<Prompt> ParsePrompt(std::string_view line, const engine::SamplingParams
   RETURN_IF_ERROR(text::CheckJsonDepth(line, "row"));
   try {
     return PromptOf(Json::parse(line), defaults, limits);
-  } catch (const Bad& bad) {
-    return bad.status;
+  } catch (const server::ApiError& error) {
+    return Status(error.status_code, error.message);
   } catch (const Json::exception& error) {
     return Status(StatusCode::kInvalidArgument, std::string("not JSON: ") + error.what());
   }

@@ -34,6 +34,12 @@ ApiError BadField(const std::string& field, const std::string& what) {
   return {.status = 400, .message = field + ": " + what, .param = field, .code = "invalid_value"};
 }
 
+ApiError OutOfRange(const std::string& field, const std::string& what) {
+  ApiError error = BadField(field, what);
+  error.status_code = StatusCode::kOutOfRange;
+  return error;
+}
+
 ApiError ContextExceeded(const std::string& field, const std::string& what) {
   return {.status = 400, .message = field + ": " + what, .param = field, .code = "context_length_exceeded"};
 }

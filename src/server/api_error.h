@@ -14,10 +14,14 @@ struct ApiError {
   std::string param = {};  // the field; empty: null
   std::string code = {};   // empty: null
   int retry_after_s = 0;   // 0: no such header
+  // For callers that do not speak HTTP.
+  StatusCode status_code = StatusCode::kInvalidArgument;
 };
 
 // 400. The message begins with the field.
 ApiError BadField(const std::string& field, const std::string& what);
+// The same, kOutOfRange.
+ApiError OutOfRange(const std::string& field, const std::string& what);
 // 400, code context_length_exceeded.
 ApiError ContextExceeded(const std::string& field, const std::string& what);
 // 503, to be tried again.

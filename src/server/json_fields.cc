@@ -78,7 +78,7 @@ int Integer(const Json& value, const std::string& field) {
   if (!value.is_number_integer()) WrongType(field, "a whole number", value);
   const bool fits =
       value.is_number_unsigned() ? std::in_range<int>(value.get<uint64_t>()) : std::in_range<int>(value.get<int64_t>());
-  if (!fits) throw BadField(field, value.dump() + " does not fit 32 bits");
+  if (!fits) throw OutOfRange(field, value.dump() + " does not fit 32 bits");
   return value.get<int>();
 }
 
@@ -97,7 +97,7 @@ bool Bool(const Json& value, const std::string& field) {
 const Json& Array(const Json& value, const std::string& field, size_t size_max) {
   if (!value.is_array()) WrongType(field, "an array", value);
   if (value.size() > size_max) {
-    throw BadField(field, std::to_string(value.size()) + " entries, at most " + std::to_string(size_max));
+    throw OutOfRange(field, std::to_string(value.size()) + " entries, at most " + std::to_string(size_max));
   }
   return value;
 }
