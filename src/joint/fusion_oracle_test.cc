@@ -423,7 +423,7 @@ TEST(FusionOracle, Encoded) {
 TEST(FusionOracle, EncodedOnly) {
   FusionOptions off;
   off.policy = Policy::kOff;
-  RunConfig({"encoded, off", {1, 16, Codec::kBf16}, {0}, 32, true, off, 30, {Codec::kQ4, Codec::kQ4}});
+  RunConfig({"encoded, off", {1, 16, Codec::kBf16}, {0}, 5, true, off, 30, {Codec::kQ4, Codec::kQ4}});
 }
 TEST(FusionOracle, Off) {
   FusionOptions off;
