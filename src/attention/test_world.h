@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -228,6 +229,7 @@ class World {
                                 int end) {
     const int head_dim = shape_.head_dim;
     std::vector<Token> tokens(end);
+    std::array<std::vector<std::byte>, 2> decoded;  // the present block, by kind
     std::vector<float> stored(heads_.d_kv());
     for (const kv::LogicalBlock& block : cache_->blocks(span.sequence)) {
       const size_t index = &block - cache_->blocks(span.sequence).data();
@@ -247,7 +249,11 @@ class World {
         for (const kv::Kind kind : {kv::Kind::kK, kv::Kind::kV}) {
           if (shape_.codec == codec::Codec::kF32) break;
           const BlockId id = cache_->table(span.sequence, layer, kind)[index];
-          kv::LoadStored(*cache_, kv::TableIndex(layer, kind), id, block.cap, position - block.start, stored);
+          std::vector<std::byte>& bytes = decoded[static_cast<size_t>(kind)];
+          if (position == std::max(first, block.start)) {
+            bytes = kv::StoredBlock(*cache_, kv::TableIndex(layer, kind), id, block.cap);
+          }
+          codec::LoadToken(cache_->shape().layout, kind, bytes.data(), block.cap, position - block.start, stored);
           const bool encoded = cache_->codec(id) != cache_->shape().layout.codec;
           std::vector<double>& values = kind == kv::Kind::kK ? token.k : token.v;
           for (int i = 0; i < heads_.d_kv(); ++i) {

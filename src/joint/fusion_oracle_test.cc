@@ -251,6 +251,7 @@ class Run {
       for (size_t i = 0; i < blocks.size() && blocks[i].start < m.committed; ++i) {
         if (!row[i].valid()) continue;
         const int tokens = std::min<int>(blocks[i].tokens, m.committed - blocks[i].start);
+        const std::vector<std::byte> block = kv::StoredBlock(*cache_, table, row[i], blocks[i].cap);
         const float* scales = cache_->scales(m.id, table / 2, kind);
         const float scale = scales == nullptr ? 1 : scales[i];
         double squares = 0;
@@ -261,7 +262,7 @@ class Run {
           Original(m, blocks[i].start + token, table, original);
           codec::StoreToken(config_.layout, kind, scratch_.data(), codec::kBlockTokensMax, 0, original);
           codec::LoadToken(config_.layout, kind, scratch_.data(), codec::kBlockTokensMax, 0, original);
-          kv::LoadStored(*cache_, table, row[i], blocks[i].cap, token, stored);
+          codec::LoadToken(config_.layout, kind, block.data(), blocks[i].cap, token, stored);
           for (size_t c = 0; c < stored.size(); ++c) {
             stored[c] *= scale;
             squares += std::pow(stored[c] - original[c], 2);

@@ -223,8 +223,9 @@ class World {
   void ForEachValue(SequenceId id, int index, int table, F&& f) {
     const kv::LogicalBlock block = cache_->blocks(id)[static_cast<size_t>(index)];
     std::vector<float> values(kWidth);
+    const std::vector<std::byte> stored = kv::StoredBlock(*cache_, table, Block(id, index, table), block.cap);
     for (int t = 0; t < block.tokens; ++t) {
-      kv::LoadStored(*cache_, table, Block(id, index, table), block.cap, t, values);
+      codec::LoadToken(layout_, static_cast<Kind>(table % 2), stored.data(), block.cap, t, values);
       const TokenId token = cache_->tokens(id)[static_cast<size_t>(block.start + t)];
       for (size_t c = 0; c < kWidth; ++c) f(values[c], Plain(token, table, c), block.tokens * static_cast<int>(kWidth));
     }

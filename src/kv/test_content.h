@@ -63,16 +63,16 @@ inline void WriteContent(const KvCache& cache, SequenceId id, std::span<const ui
   }
 }
 
-// One token of a block, decoded where the block is encoded.
-inline void LoadStored(const KvCache& cache, int table, BlockId id, int cap, int token, std::span<float> values) {
+// A block as the forward pass would have written what it holds: decoded, where it is encoded.
+inline std::vector<std::byte> StoredBlock(const KvCache& cache, int table, BlockId id, int cap) {
   const codec::BlockLayout& layout = cache.shape().layout;
   const auto kind = static_cast<Kind>(table % 2);
   const codec::Codec codec = cache.codec(id);
-  if (codec == layout.codec) return codec::LoadToken(layout, kind, cache.data(id), cap, token, values);
+  if (codec == layout.codec) return {cache.data(id), cache.data(id) + layout.block_bytes(cap)};
   std::vector<std::byte> decoded(layout.block_bytes(cap));
   codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, kind == Kind::kK ? cache.key_mean(table / 2) : nullptr,
                      decoded.data());
-  codec::LoadToken(layout, kind, decoded.data(), cap, token, values);
+  return decoded;
 }
 
 // How many of the first `length` tokens' vectors are not what WriteContent put there. Every vector that a query at

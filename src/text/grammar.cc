@@ -71,8 +71,9 @@ struct Grammar::Triggers {
     if (first != std::string::npos) return first;
     const auto flags = begins_text ? std::regex_constants::match_default : std::regex_constants::match_not_bol;
     for (const std::regex& pattern : patterns) {
-      std::smatch match;
-      if (!std::regex_search(text, match, pattern, flags)) continue;
+      // By pointers: the tokenizer's library counts on the stack that its own instance, by iterators, takes.
+      std::cmatch match;
+      if (!std::regex_search(text.data(), text.data() + text.size(), match, pattern, flags)) continue;
       for (size_t group = 1; group < match.size(); ++group) {
         if (match.length(group) > 0) return static_cast<size_t>(match.position(group));
       }
