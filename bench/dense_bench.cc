@@ -1,7 +1,7 @@
-// Matrix products of SmolLM2-135M's shapes: dense::Linear in bf16, with 8-bit integers over Q8_0 and over Q4_1, and
-// oneDNN's bf16 matmul with weights in the layout that it likes best, all on 2 threads. Weights rotate through copies
-// larger than the last-level cache, as a model's layers do. peak_share: of a loop of dot products that touches
-// registers only, on the same threads.
+// Matrix products of SmolLM2-135M's shapes: dense::Linear in f32, in bf16, with 8-bit integers over Q8_0 and over Q4_1,
+// and oneDNN's bf16 matmul with weights in the layout that it likes best, all on 2 threads. Weights rotate through
+// copies larger than the last-level cache, as a model's layers do. peak_share, where the CPU has AVX-512 BF16: of a
+// loop of dot products that touches registers only, on the same threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -80,14 +80,20 @@ double PeakFlops() {
 void Report(benchmark::State& state, int rows, int in, int out, size_t weight_bytes) {
   const double flops = 2.0 * rows * in * out;
   state.counters["GFLOP/s"] = benchmark::Counter(flops / 1e9, benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["peak_share"] = benchmark::Counter(flops / PeakFlops(), benchmark::Counter::kIsIterationInvariantRate);
+  if (HasAvx512Bf16()) {
+    state.counters["peak_share"] =
+        benchmark::Counter(flops / PeakFlops(), benchmark::Counter::kIsIterationInvariantRate);
+  }
   state.counters["weights_GB/s"] =
       benchmark::Counter(static_cast<double>(weight_bytes) / 1e9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 int Copies(size_t bytes) { return static_cast<int>(std::max<size_t>(2, kWeightBytes / bytes)); }
 
+constexpr const char* kNotHere = "this CPU lacks the instructions";
+
 void Peak(benchmark::State& state) {
+  if (!HasAvx512Bf16()) return state.SkipWithError(kNotHere);
   for (auto _ : state) benchmark::DoNotOptimize(PeakFlops());
   state.counters["GFLOP/s"] = PeakFlops() / 1e9;
 }
@@ -96,8 +102,9 @@ void Ours(benchmark::State& state, ggml_type type, dense::Precision precision) {
   const int rows = static_cast<int>(state.range(0));
   const int in = static_cast<int>(state.range(1));
   const int out = static_cast<int>(state.range(2));
-  if (!(precision == dense::Precision::kInt8 ? HasAvx512Vnni() : HasAvx512Bf16())) {
-    return state.SkipWithError("this CPU lacks the instructions");
+  if ((precision == dense::Precision::kInt8 && !dense::HasInt8Products()) ||
+      (precision == dense::Precision::kBf16 && !HasAvx512Bf16())) {
+    return state.SkipWithError(kNotHere);
   }
   ThreadPool pool(kThreads);
   std::mt19937 random(1);
@@ -122,9 +129,9 @@ void Ours(benchmark::State& state, ggml_type type, dense::Precision precision) {
   scratch.Reserve(kThreads, rows, 0, in, options);
   values.resize(static_cast<size_t>(rows) * in);
   std::vector<uint16_t> x = RandomBf16(values.size());
-  const dense::Activations input = precision == dense::Precision::kInt8
-                                       ? dense::Activations{values.data(), dense::Precision::kF32, rows, in}
-                                       : dense::Activations{x.data(), dense::Precision::kBf16, rows, in};
+  const dense::Activations input = precision == dense::Precision::kBf16
+                                       ? dense::Activations{x.data(), dense::Precision::kBf16, rows, in}
+                                       : dense::Activations{values.data(), dense::Precision::kF32, rows, in};
   std::vector<float> y(static_cast<size_t>(rows) * out);
   size_t layer = 0;
   for (auto _ : state) {
@@ -189,6 +196,7 @@ void Shapes(benchmark::internal::Benchmark* bench) {
 }
 
 BENCHMARK(Peak)->Iterations(1);
+BENCHMARK_CAPTURE(Ours, f32, GGML_TYPE_F32, dense::Precision::kF32)->Apply(Shapes);
 BENCHMARK_CAPTURE(Ours, bf16, GGML_TYPE_BF16, dense::Precision::kBf16)->Apply(Shapes);
 BENCHMARK_CAPTURE(Ours, int8_q8_0, GGML_TYPE_Q8_0, dense::Precision::kInt8)->Apply(Shapes);
 BENCHMARK_CAPTURE(Ours, int8_q4_1, GGML_TYPE_Q4_1, dense::Precision::kInt8)->Apply(Shapes);

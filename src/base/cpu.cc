@@ -36,4 +36,16 @@ bool HasAvx512Vnni() {
 #endif
 }
 
+bool HasAvx2() {
+#if defined(__x86_64__)
+  // Among the targets' names "avx" begins those of AVX2 and better ones.
+  static const bool has = (ForcedTarget().empty() || ForcedTarget().starts_with("avx")) &&
+                          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace jointkv

@@ -113,7 +113,7 @@ int RunBench(const BenchFlags& flags) {
 
   std::FILE* out = flags.json_path == "-" ? stderr : stdout;
   const Peaks peaks = {ReadBandwidthGbS(engine->threads()), Bf16PeakGflopS(engine->threads())};
-  const bool show_share = engine->model().precision() != dense::Precision::kF32;
+  const bool show_share = engine->model().precision() != dense::Precision::kF32 && peaks.bf16_gflop_s > 0;
   EngineBench bench(*engine, flags.bench.repeat);
   std::vector<BenchResult> results;
   ArmInterrupt();

@@ -10,6 +10,7 @@
 #include "base/bytes.h"
 #include "base/cpu.h"
 #include "cli/terminal.h"
+#include "dense/gemm_int8.h"
 
 namespace jointkv::cli {
 namespace {
@@ -162,7 +163,8 @@ void AddEngineFlagsButKv(CLI::App& app, engine::EngineOptions& options) {
   AddChoice<std::optional<Precision>>(
       app, "--compute", options.precision,
       {{"auto", std::nullopt}, {"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"f32", Precision::kF32}},
-      "auto", "precision of matrix products; auto: by the file and the CPU; int8: of quantised weights, others bf16");
+      "auto",
+      "precision of matrix products; auto: by the file and the CPU; int8: of quantised weights, others in bf16 or f32");
   app.add_option(
          "--quantised-rows", options.quantised_rows,
          "steps of at most N rows use the file's quantised weights directly; ignored with --deterministic, or when "
@@ -186,9 +188,8 @@ std::function<void(int done, int total)> LoadProgress(ProgressLine& line) {
 
 Status CheckEngineOptions(const engine::EngineOptions& options) {
   RETURN_IF_ERROR(CheckModelFile(options.model_path));
-  if (options.precision == dense::Precision::kInt8 && !HasAvx512Vnni()) {
-    return {StatusCode::kUnsupported,
-            "--compute int8: this CPU has no AVX-512 VNNI with BF16, or JOINTKV_TARGET leaves it out"};
+  if (options.precision == dense::Precision::kInt8 && !dense::HasInt8Products()) {
+    return {StatusCode::kUnsupported, "--compute int8: this CPU has no AVX2, or JOINTKV_TARGET leaves it out"};
   }
   if (options.precision == dense::Precision::kBf16 && !HasAvx512Bf16()) {
     return {StatusCode::kUnsupported, "--compute bf16: this CPU has no AVX-512 BF16, or JOINTKV_TARGET leaves it out"};

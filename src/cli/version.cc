@@ -25,8 +25,9 @@ std::string VersionText() {
   for (const std::string& name : dense::SupportedTargetNames()) targets += (targets.empty() ? "" : " ") + name;
   std::string text = fmt::format("jointkv {}\n", JOINTKV_VERSION);
   text += fmt::format("build       {}, {}\n", JOINTKV_BUILD_TYPE, kCompiler);
-  text += fmt::format("CPU         AVX-512 BF16: {}, VNNI: {}; targets, best first: {}\n",
-                      HasAvx512Bf16() ? "yes" : "no", HasAvx512Vnni() ? "yes" : "no", targets);
+  text +=
+      fmt::format("CPU         AVX-512 BF16: {}, VNNI: {}, AVX2: {}; targets, best first: {}\n",
+                  HasAvx512Bf16() ? "yes" : "no", HasAvx512Vnni() ? "yes" : "no", HasAvx2() ? "yes" : "no", targets);
   text += fmt::format("llama.cpp   {}\n", JOINTKV_LLAMA_VERSION);
   text += fmt::format("Highway     {}.{}.{}\n", HWY_MAJOR, HWY_MINOR, HWY_PATCH);
   text += fmt::format("xxHash      {}.{}.{}\n", XXH_VERSION_MAJOR, XXH_VERSION_MINOR, XXH_VERSION_RELEASE);

@@ -7,7 +7,7 @@
 namespace jointkv::dense {
 
 // Of matrix products, and of what they are fed. kInt8: 8-bit integers where the weights are quantised to that or less,
-// else bf16; fed with f32 or with Int8Rows (gemm_int8.h).
+// else NativePrecision(); fed with f32 or with Int8Rows (gemm_int8.h).
 enum class Precision { kF32, kBf16, kInt8 };
 
 // Best precision of this CPU for products in floating point: bf16 with AVX-512 BF16, f32 otherwise.

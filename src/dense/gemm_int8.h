@@ -8,7 +8,7 @@
 //     steps   [kPanel] f16
 //   offsets   [k / kGroup / 2 pairs][kPanel][2] bf16, where the type has them
 // Sums are exact within a group; groups are added in order in f32, whatever the number of rows, so a row's result never
-// depends on its batch. All requires HasAvx512Vnni().
+// depends on its batch. All requires HasInt8Products().
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,9 @@
 #include "gguf/gguf_file.h"
 
 namespace jointkv::dense {
+
+// AVX-512 VNNI with BF16, or AVX2 with FMA and F16C, as far as JOINTKV_TARGET allows (base/cpu.h).
+bool HasInt8Products();
 
 // One row's group of activations.
 struct alignas(16) Int8Group {

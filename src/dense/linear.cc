@@ -46,6 +46,7 @@ size_t PanelBytes(Precision precision, ggml_type type, int in) {
   const size_t weights = static_cast<size_t>(in) * kPanel;
   const GridShape shape = GridShapeOf(type);
   if (precision == Precision::kInt8 && shape.bits != 0) return Int8Panel{shape, in}.bytes();
+  if (precision == Precision::kInt8) precision = NativePrecision();
   return RoundUp<size_t>(weights * (precision == Precision::kF32 ? sizeof(float) : sizeof(uint16_t)), 64);
 }
 
@@ -87,12 +88,12 @@ Expected<Linear> Linear::Create(std::span<const gguf::Tensor* const> parts, std:
   Linear linear;
   linear.options_ = options;
   linear.in_ = static_cast<int>(parts[0]->ne[0]);
-  if (options.precision == Precision::kInt8 && !HasAvx512Vnni()) {
-    return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': int8 needs a CPU with AVX-512 VNNI");
+  if (options.precision == Precision::kInt8 && !HasInt8Products()) {
+    return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': int8 needs a CPU with AVX2");
   }
   if (options.precision == Precision::kInt8 &&
       !std::ranges::all_of(parts, [](const gguf::Tensor* part) { return GridShapeOf(part->type).bits != 0; })) {
-    linear.options_.precision = Precision::kBf16;
+    linear.options_.precision = NativePrecision();
   }
   if (linear.options_.precision == Precision::kBf16 && linear.in_ % 2 != 0) {
     return Status(StatusCode::kUnsupported, "tensor '" + parts[0]->name + "': " + std::to_string(linear.in_) +

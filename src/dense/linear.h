@@ -8,7 +8,7 @@
 //
 // Threads: Forward is called by one thread and works on the pool's; Linears are const after Create.
 // Owns: its packed panels; the file's bytes must outlive it. Fails how: Create returns kUnsupported for shapes that the
-// kernels cannot take, and for integers on a CPU without HasAvx512Vnni(); Forward cannot fail.
+// kernels cannot take, and for integers without HasInt8Products(); Forward cannot fail.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@
 
 namespace jointkv::dense {
 
-// Bytes of one packed panel with `in` inputs. kInt8 stands for bf16 where the type is not quantised.
+// Bytes of one packed panel with `in` inputs. kInt8 stands for NativePrecision() where the type is not quantised.
 size_t PanelBytes(Precision precision, ggml_type type, int in);
 
 enum class WeightsMemory { kPacked, kLean };
@@ -68,7 +68,7 @@ class Linear {
   size_t packed_bytes() const { return packed_ == nullptr ? 0 : packed_bytes_; }
   // Whether ggml can multiply every part as it is; otherwise only the packed way exists.
   bool has_quantised() const { return has_quantised_; }
-  // As asked, but bf16 instead of integers where a part is not quantised.
+  // As asked, but NativePrecision() instead of integers where a part is not quantised.
   Precision precision() const { return options_.precision; }
 
   // y (x.rows, out) = x W^T + b, or += when accumulate. The quantised way when x is f32 and x.rows <= quantised_rows;

@@ -117,7 +117,7 @@ struct Rows {
 std::vector<Precision> Precisions(bool integers = false) {
   std::vector<Precision> precisions = {Precision::kF32};
   if (HasAvx512Bf16()) precisions.push_back(Precision::kBf16);
-  if (integers && HasAvx512Vnni()) precisions.push_back(Precision::kInt8);
+  if (integers && HasInt8Products()) precisions.push_back(Precision::kInt8);
   return precisions;
 }
 
@@ -146,35 +146,38 @@ TEST(LinearTest, PackedIsTheProduct) {
   }
 }
 
-TEST(LinearTest, ARowIsTheSameInAnyBatchOnAnyThreadsPackedOrLean) {
+void CheckRowsAreIndependent(Precision precision) {
   const int rows = 500;  // more than two row blocks
-  for (const Precision precision : Precisions(true)) {
-    const std::vector<Part>& parts = precision == Precision::kInt8 ? kQuantised : kMixed;
-    Model packed(parts, {precision, WeightsMemory::kPacked});
-    Model lean(parts, {precision, WeightsMemory::kLean});
-    EXPECT_EQ(packed.linear().precision(), precision);
-    EXPECT_GT(packed.linear().packed_bytes(), size_t{0});
-    EXPECT_EQ(lean.linear().packed_bytes(), size_t{0});
-    const Rows x(ActivationPrecision(precision), rows, kIn);
-    const std::vector<float> all = packed.Forward(1, x.view, 0);
-    for (int r = 0; r < rows && precision != Precision::kInt8; r += 71) {
-      for (int o = 0; o < packed.out(); ++o) {
-        const Dot dot = packed.Reference(x.row(r), o);
-        ASSERT_NEAR(all[static_cast<size_t>(r) * packed.out() + o], dot.value, dot.Tolerance());
-      }
-    }
-    for (const int threads : {1, 2, 3}) {
-      EXPECT_EQ(packed.Forward(threads, x.view, 0), all);
-      EXPECT_EQ(lean.Forward(threads, x.view, 0), all);
-      for (const auto& [first, n] :
-           std::vector<std::pair<int, int>>{{0, 1}, {499, 1}, {191, 2}, {100, 12}, {7, 13}, {3, 193}, {1, 384}}) {
-        const std::vector<float> some = packed.Forward(threads, x.Slice(first, n), 0);
-        EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first) * packed.out()))
-            << first << " " << n;
-        EXPECT_EQ(lean.Forward(threads, x.Slice(first, n), 0), some);
-      }
+  const std::vector<Part>& parts = precision == Precision::kInt8 ? kQuantised : kMixed;
+  Model packed(parts, {precision, WeightsMemory::kPacked});
+  Model lean(parts, {precision, WeightsMemory::kLean});
+  EXPECT_EQ(packed.linear().precision(), precision);
+  EXPECT_GT(packed.linear().packed_bytes(), size_t{0});
+  EXPECT_EQ(lean.linear().packed_bytes(), size_t{0});
+  const Rows x(ActivationPrecision(precision), rows, kIn);
+  const std::vector<float> all = packed.Forward(1, x.view, 0);
+  for (int r = 0; r < rows && precision != Precision::kInt8; r += 71) {
+    for (int o = 0; o < packed.out(); ++o) {
+      const Dot dot = packed.Reference(x.row(r), o);
+      ASSERT_NEAR(all[static_cast<size_t>(r) * packed.out() + o], dot.value, dot.Tolerance());
     }
   }
+  for (const int threads : {1, 2, 3}) {
+    EXPECT_EQ(packed.Forward(threads, x.view, 0), all);
+    EXPECT_EQ(lean.Forward(threads, x.view, 0), all);
+    for (const auto& [first, n] :
+         std::vector<std::pair<int, int>>{{0, 1}, {499, 1}, {191, 2}, {100, 12}, {7, 13}, {3, 193}, {1, 384}}) {
+      const std::vector<float> some = packed.Forward(threads, x.Slice(first, n), 0);
+      EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first) * packed.out()))
+          << first << " " << n;
+      EXPECT_EQ(lean.Forward(threads, x.Slice(first, n), 0), some);
+    }
+  }
+}
+
+TEST(LinearTest, ARowIsTheSameInAnyBatchOnAnyThreadsPackedOrLean) {
+  for (const Precision precision : Precisions()) CheckRowsAreIndependent(precision);
+  ForEachInt8Kernel([] { CheckRowsAreIndependent(Precision::kInt8); });
 }
 
 // What ggml rounds of an activation before it multiplies: half a step of its block's grid for the 8-bit types, plus the
@@ -245,52 +248,55 @@ TEST(LinearTest, QuantisedIsTheProductUpToTheActivationStep) {
 // As above for packed integers: scales are f32 and groups 32 whatever the type. Weights off their file's grid, and
 // offsets and steps in fewer bits, add to it.
 TEST(LinearTest, Int8IsTheProductUpToTheActivationStep) {
-  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
-  for (const ggml_type type :
-       {GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
-        GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
-    Model model({{type, 75, true}, {type, 40, false}}, {Precision::kInt8, WeightsMemory::kPacked});
-    ASSERT_EQ(model.linear().precision(), Precision::kInt8) << ggml_type_name(type);
-    const Rows x(Precision::kF32, 9, kIn);
-    const std::vector<float> y = model.Forward(2, x.view, 0);
-    const std::vector<float> before = RandomFloats(y.size(), 3);
-    const std::vector<float> added = model.Forward(2, x.view, 0, &before);
-    double squared_error = 0;
-    double variance = 0;
-    for (int r = 0; r < 9; ++r) {
-      for (int o = 0; o < model.out(); ++o) {
-        const Dot dot = model.Reference(x.row(r), o);
-        const float* w = model.weights(o);
-        double worst = 0;
-        for (int i = 0; i < kIn; ++i) {
-          const double x_step = ActivationStep(GGML_TYPE_Q8_0, x.row(r), i);
-          const double w_step = ActivationStep(GGML_TYPE_Q8_0, w, i);  // of 8 bits, as fitted
-          worst += std::abs(w[i]) * x_step / 2 + (std::abs(x.row(r)[i]) + x_step / 2) * w_step / 2;
-          variance += (w[i] * w[i] * x_step * x_step + x.row(r)[i] * x.row(r)[i] * w_step * w_step) / 12;
+  if (!HasInt8Products()) GTEST_SKIP() << "no 8-bit products";
+  ForEachInt8Kernel([] {
+    for (const ggml_type type :
+         {GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K,
+          GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
+      Model model({{type, 75, true}, {type, 40, false}}, {Precision::kInt8, WeightsMemory::kPacked});
+      ASSERT_EQ(model.linear().precision(), Precision::kInt8) << ggml_type_name(type);
+      const Rows x(Precision::kF32, 9, kIn);
+      const std::vector<float> y = model.Forward(2, x.view, 0);
+      const std::vector<float> before = RandomFloats(y.size(), 3);
+      const std::vector<float> added = model.Forward(2, x.view, 0, &before);
+      double squared_error = 0;
+      double variance = 0;
+      for (int r = 0; r < 9; ++r) {
+        for (int o = 0; o < model.out(); ++o) {
+          const Dot dot = model.Reference(x.row(r), o);
+          const float* w = model.weights(o);
+          double worst = 0;
+          for (int i = 0; i < kIn; ++i) {
+            const double x_step = ActivationStep(GGML_TYPE_Q8_0, x.row(r), i);
+            const double w_step = ActivationStep(GGML_TYPE_Q8_0, w, i);  // of 8 bits, as fitted
+            worst += std::abs(w[i]) * x_step / 2 + (std::abs(x.row(r)[i]) + x_step / 2) * w_step / 2;
+            variance += (w[i] * w[i] * x_step * x_step + x.row(r)[i] * x.row(r)[i] * w_step * w_step) / 12;
+          }
+          const size_t at = static_cast<size_t>(r) * model.out() + o;
+          const double error = y[at] - dot.value;
+          ASSERT_LE(std::abs(error), worst + dot.Tolerance())
+              << ggml_type_name(type) << " row " << r << " output " << o;
+          ASSERT_NEAR(added[at], before[at] + y[at], kF32Unit * std::abs(before[at] + y[at]));
+          squared_error += error * error;
         }
-        const size_t at = static_cast<size_t>(r) * model.out() + o;
-        const double error = y[at] - dot.value;
-        ASSERT_LE(std::abs(error), worst + dot.Tolerance()) << ggml_type_name(type) << " row " << r << " output " << o;
-        ASSERT_NEAR(added[at], before[at] + y[at], kF32Unit * std::abs(before[at] + y[at]));
-        squared_error += error * error;
       }
+      EXPECT_LE(squared_error, 1.5 * variance) << ggml_type_name(type);
     }
-    EXPECT_LE(squared_error, 1.5 * variance) << ggml_type_name(type);
-  }
+  });
 }
 
-TEST(LinearTest, Int8OfWeightsThatAreNotQuantisedIsBf16) {
-  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
+TEST(LinearTest, Int8OfWeightsThatAreNotQuantisedIsTheNativePrecision) {
+  if (!HasInt8Products()) GTEST_SKIP() << "no 8-bit products";
   Model model(kMixed, {Precision::kInt8, WeightsMemory::kPacked});
-  Model bf16(kMixed, {Precision::kBf16, WeightsMemory::kPacked});
-  EXPECT_EQ(model.linear().precision(), Precision::kBf16);
-  const Rows x(Precision::kBf16, 30, kIn);
+  Model native(kMixed, {NativePrecision(), WeightsMemory::kPacked});
+  EXPECT_EQ(model.linear().precision(), NativePrecision());
+  const Rows x(NativePrecision(), 30, kIn);
   const Activations in_f32 = {const_cast<float*>(x.row(0)), Precision::kF32, 30, kIn};
-  EXPECT_EQ(model.Forward(2, in_f32, 0), bf16.Forward(2, x.view, 0));
+  EXPECT_EQ(model.Forward(2, in_f32, 0), native.Forward(2, x.view, 0));
 }
 
 TEST(LinearTest, Int8NeedsTheCpu) {
-  if (HasAvx512Vnni()) GTEST_SKIP() << "has AVX-512 VNNI";
+  if (HasInt8Products()) GTEST_SKIP() << "has 8-bit products";
   const Weight weight(GGML_TYPE_Q4_0, 32, 5, 1);
   const gguf::Tensor* parts[] = {&weight.tensor};
   ThreadPool pool(1);
@@ -383,23 +389,25 @@ TEST(LinearTest, Gated) {
 }
 
 TEST(LinearTest, GatedInt8IsTheGateOfTheProduct) {
-  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
-  const std::vector<Part> parts = {{GGML_TYPE_Q4_1, 96, true}, {GGML_TYPE_Q8_0, 96, false}};
-  Model packed(parts, {Precision::kInt8, WeightsMemory::kPacked});
-  Model lean(parts, {Precision::kInt8, WeightsMemory::kLean});
-  for (const int rows : {1, 5, 64, 193, 400}) {
-    const Rows x(Precision::kF32, rows, kIn);
-    const std::vector<float> both = packed.Forward(1, x.view, 0);
-    for (const Gate gate : {Gate::kSilu, Gate::kGelu}) {
-      std::vector<float> expected(static_cast<size_t>(rows) * 96);
-      GatedProduct(gate, both.data(), both.data() + 96, 192, rows, 96, {expected.data(), Precision::kF32, rows, 96}, 0,
-                   0);
-      for (const int threads : {1, 2, 3}) {
-        EXPECT_EQ(packed.ForwardGated(threads, x.view, 0, gate), expected);
-        EXPECT_EQ(lean.ForwardGated(threads, x.view, 0, gate), expected);
+  if (!HasInt8Products()) GTEST_SKIP() << "no 8-bit products";
+  ForEachInt8Kernel([] {
+    const std::vector<Part> parts = {{GGML_TYPE_Q4_1, 96, true}, {GGML_TYPE_Q8_0, 96, false}};
+    Model packed(parts, {Precision::kInt8, WeightsMemory::kPacked});
+    Model lean(parts, {Precision::kInt8, WeightsMemory::kLean});
+    for (const int rows : {1, 5, 64, 193, 400}) {
+      const Rows x(Precision::kF32, rows, kIn);
+      const std::vector<float> both = packed.Forward(1, x.view, 0);
+      for (const Gate gate : {Gate::kSilu, Gate::kGelu}) {
+        std::vector<float> expected(static_cast<size_t>(rows) * 96);
+        GatedProduct(gate, both.data(), both.data() + 96, 192, rows, 96, {expected.data(), Precision::kF32, rows, 96},
+                     0, 0);
+        for (const int threads : {1, 2, 3}) {
+          EXPECT_EQ(packed.ForwardGated(threads, x.view, 0, gate), expected);
+          EXPECT_EQ(lean.ForwardGated(threads, x.view, 0, gate), expected);
+        }
       }
     }
-  }
+  });
 }
 
 TEST(LinearTest, GatedQuantisedIsTheGateOfTheQuantisedProduct) {

@@ -29,14 +29,15 @@ TEST_F(TargetsDeathTest, ALesserTargetLimitsEveryDispatch) {
   EXPECT_EXIT(RunForced(hwy::TargetName(HWY_STATIC_TARGET),
                         [](const Status& status) {
                           const auto names = SupportedTargetNames();
-                          return status.ok() && !HasAvx512Bf16() && names.size() == 1 && names[0] == ForcedTarget();
+                          return status.ok() && !HasAvx512Bf16() && HasAvx2() == (HWY_STATIC_TARGET <= HWY_AVX2) &&
+                                 names.size() == 1 && names[0] == ForcedTarget();
                         }),
               testing::ExitedWithCode(0), "");
 #if HWY_ARCH_X86
   if ((hwy::SupportedTargets() & HWY_AVX2) == 0) GTEST_SKIP() << "no AVX2";
   EXPECT_EXIT(RunForced("AVX2",
                         [](const Status& status) {
-                          return status.ok() && !HasAvx512Bf16() && SupportedTargetNames()[0] == "avx2" &&
+                          return status.ok() && !HasAvx512Bf16() && HasAvx2() && SupportedTargetNames()[0] == "avx2" &&
                                  hwy::SupportedTargets() == (hwy::SupportedTargets() & ~(HWY_AVX2 - 1));
                         }),
               testing::ExitedWithCode(0), "");

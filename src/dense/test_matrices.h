@@ -12,6 +12,7 @@
 #include <gtest/gtest.h>
 
 #include "base/bf16.h"
+#include "dense/gemm_int8_kernels.h"
 #include "dense/targets.h"
 #include "hwy/targets.h"
 
@@ -50,6 +51,16 @@ inline void ForEachTarget(const std::function<void()>& f) {
   }
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+}
+
+// Every kernel of 8-bit products that may run, then the best again.
+inline void ForEachInt8Kernel(const std::function<void()>& f) {
+  for (const Int8Kernel* kernel : Int8Kernels()) {
+    SetInt8KernelForTest(kernel);
+    const testing::ScopedTrace trace(__FILE__, __LINE__, std::string("kernel ") + kernel->name);
+    f();
+  }
+  SetInt8KernelForTest(nullptr);
 }
 
 // JOINTKV_TARGET limits the kernels under test as it limits the program.

@@ -7,7 +7,6 @@
 
 #include <gtest/gtest.h>
 
-#include "base/cpu.h"
 #include "models/test_judge.h"
 #include "models/test_runner.h"
 
@@ -24,7 +23,7 @@ Runner::Options Deterministic() {
 
 std::vector<dense::Precision> PrecisionsOfThisCpu() {
   std::vector<dense::Precision> precisions = {dense::Precision::kF32, dense::NativePrecision()};
-  if (HasAvx512Vnni()) precisions.push_back(dense::Precision::kInt8);
+  if (dense::HasInt8Products()) precisions.push_back(dense::Precision::kInt8);
   return precisions;
 }
 
@@ -263,7 +262,7 @@ TEST_P(QuantisedTest, QuantisedRowsAgreeWithPacked) {
 }
 
 TEST_P(QuantisedTest, PackedIntegersAgreeWithPacked) {
-  if (!HasAvx512Vnni()) GTEST_SKIP() << "no AVX-512 VNNI";
+  if (!dense::HasInt8Products()) GTEST_SKIP() << "no 8-bit products";
   Runner::Options options = F32Options();
   options.model.quantised_rows = 0;
   Runner packed(path(), options);
@@ -318,7 +317,7 @@ TEST(ModelTest, AnF32FileRunsInF32AndAQuantisedOneInTheBestPrecision) {
   Runner f32(TestModelPath("llama"), {});
   EXPECT_EQ(f32.model().precision(), dense::Precision::kF32);
   Runner q4(TestModelPath("llama-q4_1"), {});
-  EXPECT_EQ(q4.model().precision(), HasAvx512Vnni() ? dense::Precision::kInt8 : dense::NativePrecision());
+  EXPECT_EQ(q4.model().precision(), dense::HasInt8Products() ? dense::Precision::kInt8 : dense::NativePrecision());
 }
 
 TEST(ModelTest, StoreShapeFollowsTheWindows) {

@@ -6,7 +6,7 @@
 
 #include "base/bf16.h"
 #include "base/clock.h"
-#include "base/cpu.h"
+#include "dense/gemm_int8.h"
 #include "dense/ops.h"
 #include "gguf/dequantize.h"
 
@@ -22,7 +22,7 @@ dense::Precision AutoPrecision(const gguf::GgufFile& file) {
   const std::string& type = file.quantization();
   if (type == "f32") return dense::Precision::kF32;
   const bool quantised = type != "f16" && type != "bf16";
-  return quantised && HasAvx512Vnni() ? dense::Precision::kInt8 : dense::NativePrecision();
+  return quantised && dense::HasInt8Products() ? dense::Precision::kInt8 : dense::NativePrecision();
 }
 
 Expected<std::unique_ptr<Model>> Model::Load(const gguf::GgufFile& file, const ModelOptions& options,
