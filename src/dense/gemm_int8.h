@@ -9,6 +9,7 @@
 //   offsets   [k / kGroup / 2 pairs][kPanel][2] bf16, where the type has them
 // Sums are exact within a group; groups are added in order in f32, whatever the number of rows, so a row's result never
 // depends on its batch. All requires HasInt8Products().
+// One kernel for each instruction set: gemm_int8_vnni.cc, gemm_int8_avx2.cc, chosen in gemm_int8.cc.
 #pragma once
 
 #include <cstddef>

@@ -130,21 +130,31 @@ struct Scales {
   }
 };
 
+// Makes GCC keep a value in its register. Left alone it reorders the additions of a group so that all products wait for
+// theirs on the stack, and loads levels once more for each row.
+inline void Hold(__m256i& value) { __asm__("" : "+x"(value)); }
+
+// Adds the products of four levels and codes of each output, as two sums of pairs.
+inline void AddProducts(__m256i levels, __m256i codes, __m256i& sum) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(levels, codes));
+  Hold(sum);
+}
+
 // Adds kRows rows' sums over one group to kTile vectors of sums (kRows, kPanel) from `first` on.
 template <bool kNibbles, bool kOffsets, int kRows, int kTile, typename Levels>
 inline __attribute__((always_inline)) void AddTile(const Levels& levels, const Scales& scales, const Int8Group* x,
                                                    int first, float* sums) {
-  // Of pairs of products, two to an output, in 16 bits. `start` is of levels times 16, and each of the two gets half:
-  // then no sum leaves 16 bits, and what an addition on the way to it carries out does not matter.
+  // Of pairs of products, two to an output, in 16 bits. `start` is of levels times 16: a sixteenth of it goes into the
+  // upper of the two, which then ends within 16 * (8 + 8) * 127 of zero, whatever an addition on the way carries out.
   __m256i high[kRows][kTile];
   __m256i low[kRows][kTile];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kTile; ++v) {
-      high[r][v] = _mm256_set1_epi16(static_cast<short>(x[r].start >> 5));
+      high[r][v] = _mm256_slli_epi32(_mm256_set1_epi32(x[r].start), 16 - 4);
       low[r][v] = _mm256_setzero_si256();
     }
   }
-#pragma GCC unroll 1
+#pragma GCC unroll 8
   for (int s = 0; s < kSteps; ++s) {
     __m256i codes[kRows];
     for (int r = 0; r < kRows; ++r) {
@@ -153,15 +163,13 @@ inline __attribute__((always_inline)) void AddTile(const Levels& levels, const S
       codes[r] = _mm256_set1_epi32(four);
     }
     for (int v = 0; v < kTile; ++v) {
-      const __m256i upper = levels.high(s, first + v);
-      for (int r = 0; r < kRows; ++r) {
-        high[r][v] = _mm256_add_epi16(high[r][v], _mm256_maddubs_epi16(upper, codes[r]));
-      }
+      __m256i upper = levels.high(s, first + v);
+      Hold(upper);
+      for (int r = 0; r < kRows; ++r) AddProducts(upper, codes[r], high[r][v]);
       if constexpr (!kNibbles) {
-        const __m256i lower = levels.low(s, first + v);
-        for (int r = 0; r < kRows; ++r) {
-          low[r][v] = _mm256_add_epi16(low[r][v], _mm256_maddubs_epi16(lower, codes[r]));
-        }
+        __m256i lower = levels.low(s, first + v);
+        Hold(lower);
+        for (int r = 0; r < kRows; ++r) AddProducts(lower, codes[r], low[r][v]);
       }
     }
   }
@@ -185,17 +193,24 @@ inline __attribute__((always_inline)) void AddTile(const Levels& levels, const S
   }
 }
 
-template <bool kNibbles, bool kOffsets, int kRows, int kTile, typename Levels>
-inline __attribute__((always_inline)) void AddTiles(const Levels& levels, const Scales& scales, const Int8Group* x,
-                                                    float* sums) {
-  for (int v = 0; v < kVectors; v += kTile) AddTile<kNibbles, kOffsets, kRows, kTile>(levels, scales, x, v, sums);
+// As many rows as fill the registers at a time. Not inlined: scales are then operands in memory, and registers are left
+// for levels.
+template <bool kNibbles, bool kOffsets, int kRows, typename Levels>
+__attribute__((noinline)) void AddRows(const Levels& levels, const Scales& scales, const Int8Group* x, int rows,
+                                       float* sums) {
+  constexpr int kTile = kNibbles ? kVectors : kVectors / 2;
+  for (; rows >= kRows; rows -= kRows, x += kRows, sums += kRows * kPanel) {
+    for (int v = 0; v < kVectors; v += kTile) AddTile<kNibbles, kOffsets, kRows, kTile>(levels, scales, x, v, sums);
+  }
+  for (; rows > 0; --rows, ++x, sums += kPanel) {
+    for (int v = 0; v < kVectors; v += kTile) AddTile<kNibbles, kOffsets, 1, kTile>(levels, scales, x, v, sums);
+  }
 }
 
 // Adds one group of `rows` <= Int8Rows::kBlock rows from first_row on to sums (rows, kPanel); with kOffsets also the
 // offsets of this group and of the one before it.
 template <bool kNibbles, bool kOffsets>
-inline __attribute__((always_inline)) void AddGroup(const Int8PanelArgs& args, int group, int first_row, int rows,
-                                                    float* sums) {
+void AddGroup(const Int8PanelArgs& args, int group, int first_row, int rows, float* sums) {
   const GridShape& shape = args.format.shape;
   const PackedLevels<kNibbles> packed = {args.panel + group * GroupBytes(shape)};
   const std::byte* offsets = args.panel + args.a->groups() * GroupBytes(shape) + group / 2 * kPanelOffsetsBytes;
@@ -204,19 +219,10 @@ inline __attribute__((always_inline)) void AddGroup(const Int8PanelArgs& args, i
   const Int8Group* x = args.a->group(first_row, group);
   constexpr int kFew = 3;  // rows for which it is not worth while to take levels apart
   if (rows <= kFew) {
-    for (int r = 0; r < rows; ++r) {
-      AddTiles<kNibbles, kOffsets, 1, kNibbles ? 4 : 2>(packed, scales, x + r, sums + r * kPanel);
-    }
-    return;
+    AddRows<kNibbles, kOffsets, 1>(packed, scales, x, rows, sums);
+  } else {
+    AddRows<kNibbles, kOffsets, 2>(UnpackedLevels<kNibbles>(packed), scales, x, rows, sums);
   }
-  const UnpackedLevels<kNibbles> levels(packed);
-  constexpr int kRows = 2;
-  constexpr int kTile = kNibbles ? 4 : 2;
-  int r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    AddTiles<kNibbles, kOffsets, kRows, kTile>(levels, scales, x + r, sums + r * kPanel);
-  }
-  for (; r < rows; ++r) AddTiles<kNibbles, kOffsets, 1, kTile>(levels, scales, x + r, sums + r * kPanel);
 }
 
 template <bool kNibbles, bool kOffsets>

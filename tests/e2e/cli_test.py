@@ -169,7 +169,7 @@ class Generate(Case):
         self.assert_usage("/nonexistent.jsonl", "generate", "--prompts", "/nonexistent.jsonl")
         self.assert_usage("no command 'nonsense'", "nonsense")
         self.assert_usage("required")
-        self.assert_usage("--compute int8", "generate", "--prompt", "a", "--compute", "int8", env={"JOINTKV_TARGET": "avx2"})
+        self.assert_usage("--compute int8", "generate", "--prompt", "a", "--compute", "int8", env={"JOINTKV_TARGET": "sse4"})
         self.assert_usage("--compute bf16", "generate", "--prompt", "a", "--compute", "bf16", env={"JOINTKV_TARGET": "avx2"})
         self.assert_usage("no-such-target", "--version", env={"JOINTKV_TARGET": "no-such-target"})
 
