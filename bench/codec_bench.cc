@@ -78,7 +78,8 @@ void Encode(benchmark::State& state) {
   Label(state, blocks);
 }
 
-const std::vector<int64_t> kCodecs = {static_cast<int64_t>(Codec::kQ8), static_cast<int64_t>(Codec::kQ4)};
+const std::vector<int64_t> kCodecs = {static_cast<int64_t>(Codec::kQ8), static_cast<int64_t>(Codec::kQ4),
+                                      static_cast<int64_t>(Codec::kQ2), static_cast<int64_t>(Codec::kQ1)};
 
 BENCHMARK(Decode)->ArgNames({"codec", "kind", "dim", "mb"})->ArgsProduct({kCodecs, {0, 1}, {64, 128, 256}, {0, 8}});
 BENCHMARK(Encode)->ArgNames({"codec", "kind", "dim", "mb"})->ArgsProduct({kCodecs, {0, 1}, {64, 128, 256}, {0}});

@@ -48,7 +48,7 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
     : shape_(shape),
       rows_independent_(rows_independent),
       bf16_kernels_(HasAvx512Bf16() && cache.shape().layout.codec == codec::Codec::kBf16) {
-  tiles_ = bf16_kernels_ && !rows_independent && shape.group() * kTileRowsMin <= kTileQueries;
+  tiles_ = !rows_independent && shape.group() * kTileRowsMin <= kTileQueries;
   for (const int window : cache.shape().window) {
     auto plan = std::ranges::find(plans_, window, &WindowPlan::window);
     if (plan == plans_.end()) {
@@ -62,9 +62,10 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
   q_.resize(static_cast<size_t>(max_rows) * shape.d_q());
   const size_t row_bytes =
       RoundUp<size_t>(VisitScratchFloats(shape.head_dim) + 2 * kGroupMax * (shape.head_dim + 2), 16) * sizeof(float);
-  const size_t tile_bytes = tiles_ ? TileScratchBytes(shape.head_dim) : 0;
+  const size_t tile_bytes = (bf16_kernels_ ? TileScratchBytes : GenericTileScratchBytes)(tiles_ ? shape.head_dim : 0);
   kernel_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 64);
-  const size_t reader_bytes = cache.shape().sealed.empty() ? 0 : HeadReader::ScratchBytes(shape.head_dim);
+  const bool plain = cache.shape().sealed.empty() && !cache.residuals();
+  const size_t reader_bytes = plain ? 0 : HeadReader::ScratchBytes(shape.head_dim);
   thread_scratch_bytes_ = RoundUp<size_t>(kernel_scratch_bytes_ + reader_bytes, 4096);
   scratch_ = HugeBuffer(thread_scratch_bytes_ * threads);
 }
@@ -307,7 +308,7 @@ void Attention::RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_hea
   HeadReader reader(ReaderScratch(thread));
   args.reader = &reader;
   args.scratch = scratch_.data() + thread * thread_scratch_bytes_;
-  TileAttentionBf16(args);
+  (bf16_kernels_ ? TileAttentionBf16 : TileAttentionGeneric)(args);
 }
 
 Visit Attention::VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,

@@ -5,8 +5,7 @@
 //            decoding rows are ordered by physical block, so that what several sequences share is read from memory once
 //            for all of them; each part keeps a partial result per row, and these are merged after
 //   a row    one position against all its blocks, kSplitBlocks at a time, of one KV head: short runs of a prompt
-//   a tile   a run of positions of one sequence against all their tokens, of one KV head (prefill), where the CPU has
-//            the kernel
+//   a tile   a run of positions of one sequence against all their tokens, of one KV head (prefill)
 // With `rows_independent` the parts are splits of single rows instead, and a row's sums are added up in the same order
 // whatever else is in the step.
 //

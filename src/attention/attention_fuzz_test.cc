@@ -1,11 +1,15 @@
 // Random shapes, histories and batches, each row held against the double reference. A failure names its seed.
+// JOINTKV_FUZZ_SECONDS goes on with further seeds for so long.
 #include <algorithm>
+#include <cstdlib>
+#include <iostream>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "attention/test_world.h"
+#include "base/clock.h"
 
 namespace jointkv::attention {
 namespace {
@@ -37,6 +41,7 @@ WorldShape RandomShape(std::mt19937_64& random) {
   if (shape.codec == codec::Codec::kBf16 && !shape.scaled && random() % 2 == 0) {
     shape.sealed = random() % 2 == 0 ? codec::Codec::kQ4 : codec::Codec::kQ8;
   }
+  shape.residuals = shape.codec == codec::Codec::kBf16 && !shape.scaled && random() % 2 == 0;
   shape.threads = pick({1, 2, 3});
   shape.sharpness = random() % 5 == 0 ? 4.0f : 1.0f;
   shape.out = random() % 3 == 0 ? dense::Precision::kBf16 : dense::Precision::kF32;
@@ -44,7 +49,12 @@ WorldShape RandomShape(std::mt19937_64& random) {
   return shape;
 }
 
-void RunWorld(uint64_t seed) {
+struct Met {
+  int encoded = 0;  // blocks
+  int differences = 0;
+};
+
+void RunWorld(uint64_t seed, Met& met) {
   std::mt19937_64 random(seed);
   World world(RandomShape(random));
   const int line = 2 + static_cast<int>(random() % 60);
@@ -77,14 +87,24 @@ void RunWorld(uint64_t seed) {
     if (testing::Test::HasFatalFailure()) return;
     world.cache().CheckIntegrity();
   }
+  met.encoded += world.encoded();
+  met.differences += world.differences();
 }
 
 TEST(AttentionFuzzTest, RandomWorldsAgreeWithTheReference) {
-  for (uint64_t seed = 1; seed <= kWorlds; ++seed) {
+  const char* seconds = std::getenv("JOINTKV_FUZZ_SECONDS");
+  const double until_s = MonotonicSeconds() + (seconds == nullptr ? 0 : std::atof(seconds));
+  Met met;
+  uint64_t seed = 1;
+  for (; seed <= kWorlds || MonotonicSeconds() < until_s; ++seed) {
     const testing::ScopedTrace trace(__FILE__, __LINE__, "seed " + std::to_string(seed));
-    RunWorld(seed);
+    RunWorld(seed, met);
     if (HasFailure()) return;
   }
+  std::cout << seed - 1 << " worlds, " << met.encoded << " encoded blocks, of which " << met.differences
+            << " are differences\n";
+  EXPECT_GT(met.differences, 0);
+  EXPECT_GT(met.encoded, met.differences);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Attention on any CPU and for any codec: the same steps as the AVX-512 BF16 block kernel, in f32 through Highway.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "attention/kernels.h"
 
@@ -9,129 +9,183 @@
 #define HWY_TARGET_INCLUDE "attention/generic_kernels.cc"
 #include "hwy/foreach_target.h"
 // After foreach_target.h, as Highway asks.
+#include "attention/generic-inl.h"
 #include "dense/bf16-inl.h"
-#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace jointkv::attention::HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
-using codec::Codec;
 
-using DF = hn::CappedTag<float, 16>;
+// Vectors of sums of so many queries that registers hold beside what is multiplied (16 with AVX2).
+constexpr int VectorsMax(int queries) { return std::min(4, 12 / queries); }
 
-// A vector of stored elements as f32.
-template <class D>
-HWY_INLINE hn::Vec<D> LoadElements(D d, Codec codec, const std::byte* at) {
-  if (codec == Codec::kF32) return hn::LoadU(d, reinterpret_cast<const float*>(at));
-  const hn::Rebind<hwy::float16_t, D> d16;
-  const hn::Rebind<uint16_t, D> du16;
-  return hn::PromoteTo(d, hn::BitCast(d16, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(at))));
-}
-
-// A vector of bf16 pairs as two vectors of f32.
-template <class D>
-HWY_INLINE void LoadPairs(D d, const std::byte* at, hn::Vec<D>& first, hn::Vec<D>& second) {
-  const hn::RebindToUnsigned<D> du;
-  const auto raw = hn::LoadU(du, reinterpret_cast<const uint32_t*>(at));
-  first = hn::BitCast(d, hn::ShiftLeft<16>(raw));
-  second = hn::BitCast(d, hn::And(raw, hn::Set(du, 0xffff0000u)));
-}
-
-// Scores of tokens [token, token + lanes) of one block. q: (2, n_pairs) rotated.
-template <class D>
-HWY_INLINE hn::Vec<D> ScoreVector(D d, Codec codec, const float* q, int n_pairs, const std::byte* k, int cap,
-                                  int token) {
-  auto sum0 = hn::Zero(d);
-  auto sum1 = hn::Zero(d);
-  for (int pair = 0; pair < n_pairs; ++pair) {
-    hn::Vec<D> first;
-    hn::Vec<D> second;
-    if (codec == Codec::kBf16) {
-      LoadPairs(d, k + (static_cast<ptrdiff_t>(pair) * cap + token) * 4, first, second);
-    } else {
-      const ptrdiff_t bytes = static_cast<ptrdiff_t>(codec::ElementBytes(codec));
-      first = LoadElements(d, codec, k + (static_cast<ptrdiff_t>(2 * pair) * cap + token) * bytes);
-      second = LoadElements(d, codec, k + (static_cast<ptrdiff_t>(2 * pair + 1) * cap + token) * bytes);
+// Calls f(count, first) with a constant count <= kMax for pieces of [0, n) that are as equal as can be: short ones keep
+// fewer sums in flight.
+template <int kMax, class F>
+HWY_INLINE void InPieces(int n, const F& f) {
+  for (int at = 0; at < n;) {
+    const int left = n - at;
+    const int count = CeilDiv(left, CeilDiv(left, kMax));
+    if (count == 1) f(std::integral_constant<int, 1>(), at);
+    if constexpr (kMax >= 2) {
+      if (count == 2) f(std::integral_constant<int, 2>(), at);
     }
-    sum0 = hn::MulAdd(first, hn::Set(d, q[pair]), sum0);
-    sum1 = hn::MulAdd(second, hn::Set(d, q[n_pairs + pair]), sum1);
+    if constexpr (kMax >= 3) {
+      if (count == 3) f(std::integral_constant<int, 3>(), at);
+    }
+    if constexpr (kMax >= 4) {
+      if (count == 4) f(std::integral_constant<int, 4>(), at);
+    }
+    at += count;
   }
-  return hn::Add(sum0, sum1);
 }
 
-// sums[channel, + lanes) += weights of tokens [begin, end) times V.
-template <class D>
-HWY_INLINE hn::Vec<D> WeighVector(D d, Codec codec, const float* weights, int begin, int end, const std::byte* v,
-                                  int head_dim, int channel, hn::Vec<D> sum) {
-  if (codec == Codec::kBf16) {
-    for (int pair = begin / 2; pair < (end + 1) / 2; ++pair) {
-      hn::Vec<D> first;
-      hn::Vec<D> second;
-      LoadPairs(d, v + (static_cast<ptrdiff_t>(pair) * head_dim + channel) * 4, first, second);
-      sum = hn::MulAdd(first, hn::Set(d, weights[2 * pair]), sum);
-      if (2 * pair + 1 < end) sum = hn::MulAdd(second, hn::Set(d, weights[2 * pair + 1]), sum);
+// What is stored for a later step in between, so that one visit need not wait for another's latencies.
+struct Scratch {
+  explicit Scratch(const VisitArgs& args) : q_stride(args.layout->head_dim) {
+    scores = args.scratch;
+    q = args.scratch + kVisitsMax * kGroupMax * codec::kBlockTokensMax;
+  }
+  float* Query(int visit) const { return q + visit * kGroupMax * q_stride; }
+  float* Scores(int visit) const { return scores + visit * kGroupMax * codec::kBlockTokensMax; }
+
+  ptrdiff_t q_stride;
+  float* scores;  // (visits, queries, kBlockTokensMax), then weights
+  float* q;       // (visits, queries, head_dim) rotated
+};
+
+// Scores of tokens [0, visit.end), and of some more.
+template <Codec kCodec, int kQueries>
+HWY_INLINE void Score(const Visit& visit, int head_dim, const float* q, float* scores) {
+  const auto score = [&](auto d, auto count, int first) HWY_ATTR {
+    const int lanes = static_cast<int>(hn::Lanes(d));
+    constexpr int kCount = decltype(count)::value;
+    ptrdiff_t token[kCount];
+    hn::Vec<decltype(d)> sum[kQueries][kCount];
+    for (int i = 0; i < kCount; ++i) {
+      // Never past a row's end, so the last vector may overlap the one before.
+      token[i] = std::min((first + i) * lanes, visit.cap - lanes);
+      for (int g = 0; g < kQueries; ++g) sum[g][i] = hn::Zero(d);
     }
-    return sum;
+    AddProduct<kCodec>(d, visit.k, visit.cap, token, 0, head_dim, q, head_dim, sum);
+    for (int i = 0; i < kCount; ++i) {
+      for (int g = 0; g < kQueries; ++g) hn::StoreU(sum[g][i], d, scores + g * codec::kBlockTokensMax + token[i]);
+    }
+  };
+  const DF d;
+  const hn::CappedTag<float, 4> d4;  // capacities are multiples of 4 tokens
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const int lanes4 = static_cast<int>(hn::Lanes(d4));
+  if (visit.cap >= lanes) {
+    InPieces<VectorsMax(kQueries)>(CeilDiv(visit.end, lanes),
+                                   [&](auto count, int first) HWY_ATTR { score(d, count, first); });
+  } else {
+    InPieces<1>(CeilDiv(visit.end, lanes4), [&](auto count, int first) HWY_ATTR { score(d4, count, first); });
   }
-  const ptrdiff_t bytes = static_cast<ptrdiff_t>(codec::ElementBytes(codec));
-  for (int token = begin; token < end; ++token) {
-    sum = hn::MulAdd(LoadElements(d, codec, v + (static_cast<ptrdiff_t>(token) * head_dim + channel) * bytes),
-                     hn::Set(d, weights[token]), sum);
+}
+
+// Turns a visit's scores into weights, zeros for what is not visible, and sets the factors by which its earlier sums
+// shrink.
+template <int kQueries>
+HWY_INLINE void Weigh(const Visit& visit, float* scores, float* correction) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const int end = RoundUp(visit.end, 2);  // a pair is multiplied as a whole
+  float largest[kQueries];
+  for (int g = 0; g < kQueries; ++g) {
+    float* row = scores + g * codec::kBlockTokensMax;
+    auto max = hn::Set(d, kUnseen);
+    for (int token = 0; token < end; token += lanes) {
+      const auto index = hn::Iota(di, token);
+      const auto visible = hn::And(hn::Lt(hn::Set(di, visit.begin - 1), index), hn::Lt(index, hn::Set(di, visit.end)));
+      const auto seen = hn::IfThenElse(hn::RebindMask(d, visible), hn::LoadU(d, row + token), hn::Set(d, kUnseen));
+      hn::StoreU(seen, d, row + token);
+      max = hn::Max(max, seen);
+    }
+    largest[g] = hn::GetLane(hn::MaxOfLanes(d, max));
   }
-  return sum;
+  float* max = visit.stats;
+  float* total = visit.stats + kGroupMax;
+  std::copy_n(max, kGroupMax, correction);
+  for (int g = 0; g < kQueries; ++g) max[g] = std::max(max[g], largest[g]);
+  const hn::CappedTag<float, kGroupMax> d4;
+  for (int g = 0; g < kGroupMax; g += static_cast<int>(hn::Lanes(d4)))
+    hn::StoreU(Exp2(d4, hn::Sub(hn::LoadU(d4, correction + g), hn::LoadU(d4, max + g))), d4, correction + g);
+  for (int g = 0; g < kQueries; ++g) {
+    float* row = scores + g * codec::kBlockTokensMax;
+    auto sum = hn::Zero(d);
+    for (int token = 0; token < end; token += lanes) {
+      const auto weight = Exp2(d, hn::Sub(hn::LoadU(d, row + token), hn::Set(d, max[g])));
+      sum = hn::Add(sum, weight);
+      hn::StoreU(hn::Mul(weight, hn::Set(d, visit.v_scale)), d, row + token);
+    }
+    total[g] = total[g] * correction[g] + hn::GetLane(hn::SumOfLanes(d, sum));
+  }
+}
+
+// sums = sums * correction + weights * v.
+template <Codec kCodec, int kQueries>
+HWY_INLINE void WeightedSum(const Visit& visit, int head_dim, const float* correction, const float* weights) {
+  const auto add = [&](auto d, auto count, int channel) HWY_ATTR {
+    const int lanes = static_cast<int>(hn::Lanes(d));
+    constexpr int kCount = decltype(count)::value;
+    ptrdiff_t column[kCount];
+    hn::Vec<decltype(d)> sum[kQueries][kCount];
+    for (int i = 0; i < kCount; ++i) {
+      column[i] = channel + i * lanes;
+      for (int g = 0; g < kQueries; ++g)
+        sum[g][i] = hn::Mul(hn::LoadU(d, visit.sums + g * head_dim + column[i]), hn::Set(d, correction[g]));
+    }
+    AddProduct<kCodec>(d, visit.v, head_dim, column, visit.begin, visit.end, weights, codec::kBlockTokensMax, sum);
+    for (int i = 0; i < kCount; ++i) {
+      for (int g = 0; g < kQueries; ++g) hn::StoreU(sum[g][i], d, visit.sums + g * head_dim + column[i]);
+    }
+  };
+  const DF d;
+  const hn::CappedTag<float, 1> d1;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const int vectors = head_dim / lanes;
+  InPieces<VectorsMax(kQueries)>(vectors, [&](auto count, int first) HWY_ATTR { add(d, count, first * lanes); });
+  InPieces<1>(head_dim - vectors * lanes,
+              [&](auto count, int first) HWY_ATTR { add(d1, count, vectors * lanes + first); });
+}
+
+template <Codec kCodec, int kQueries>
+void AttendBlocks(const VisitArgs& args) {
+  const int head_dim = args.layout->head_dim;
+  const Scratch scratch(args);
+  for (int i = 0; i < args.n; ++i) {
+    const Visit& visit = args.visits[i];
+    for (int g = 0; g < kQueries; ++g) {
+      RotateQuery(visit.q + static_cast<ptrdiff_t>(g) * head_dim, head_dim / 2, visit.cos, visit.sin, visit.k_scale,
+                  scratch.Query(i) + g * scratch.q_stride);
+    }
+  }
+  for (int i = 0; i < args.n; ++i)
+    Score<kCodec, kQueries>(args.visits[i], head_dim, scratch.Query(i), scratch.Scores(i));
+  float correction[kVisitsMax][kGroupMax];
+  for (int i = 0; i < args.n; ++i) Weigh<kQueries>(args.visits[i], scratch.Scores(i), correction[i]);
+  for (int i = 0; i < args.n; ++i)
+    WeightedSum<kCodec, kQueries>(args.visits[i], head_dim, correction[i], scratch.Scores(i));
+}
+
+template <Codec kCodec>
+void AttendCodec(const VisitArgs& args) {
+  static_assert(kGroupMax == 4);
+  switch (args.queries) {
+    case 1: return AttendBlocks<kCodec, 1>(args);
+    case 2: return AttendBlocks<kCodec, 2>(args);
+    case 3: return AttendBlocks<kCodec, 3>(args);
+    default: return AttendBlocks<kCodec, 4>(args);
+  }
 }
 
 void AttendImpl(const VisitArgs& args) {
-  const DF d;
-  const hn::CappedTag<float, 4> d4;  // capacities are multiples of 4 tokens
-  const hn::CappedTag<float, 1> d1;
-  const int lanes = static_cast<int>(hn::Lanes(d));
-  const int lanes4 = static_cast<int>(hn::Lanes(d4));
-  const Codec codec = args.layout->codec;
-  const int head_dim = args.layout->head_dim;
-  const int n_pairs = head_dim / 2;
-  float* row = args.scratch;  // (kBlockTokensMax) scores, then weights
-  float* rotated = args.scratch + codec::kBlockTokensMax;
-
-  for (int i = 0; i < args.n * args.queries; ++i) {
-    const Visit& visit = args.visits[i / args.queries];
-    const int g = i % args.queries;
-    const float* q = visit.q + static_cast<ptrdiff_t>(g) * head_dim;
-    for (int pair = 0; pair < n_pairs; ++pair) {
-      const float cos = visit.cos[pair];
-      const float sin = visit.sin[pair];
-      rotated[pair] = visit.k_scale * (q[pair] * cos - q[n_pairs + pair] * sin);
-      rotated[n_pairs + pair] = visit.k_scale * (q[pair] * sin + q[n_pairs + pair] * cos);
-    }
-    int token = 0;
-    for (; token + lanes <= visit.cap; token += lanes)
-      hn::StoreU(ScoreVector(d, codec, rotated, n_pairs, visit.k, visit.cap, token), d, row + token);
-    for (; token < visit.cap; token += lanes4)
-      hn::StoreU(ScoreVector(d4, codec, rotated, n_pairs, visit.k, visit.cap, token), d4, row + token);
-
-    float& max = visit.stats[g];
-    float& total = visit.stats[kGroupMax + g];
-    const float old_max = max;
-    max = std::max(old_max, *std::max_element(row + visit.begin, row + visit.end));
-    const float correction = std::exp2(old_max - max);
-    total *= correction;
-    if (visit.begin > 0) row[visit.begin - 1] = 0;  // shares a pair with the first visible token
-    for (int t = visit.begin; t < visit.end; ++t) {
-      const float weight = std::exp2(row[t] - max);
-      total += weight;
-      row[t] = weight * visit.v_scale;
-    }
-
-    float* sums = visit.sums + static_cast<ptrdiff_t>(g) * head_dim;
-    const auto add = [&](auto tag, int channel) HWY_ATTR {
-      const auto old = hn::Mul(hn::LoadU(tag, sums + channel), hn::Set(tag, correction));
-      hn::StoreU(WeighVector(tag, codec, row, visit.begin, visit.end, visit.v, head_dim, channel, old), tag,
-                 sums + channel);
-    };
-    int channel = 0;
-    for (; channel + lanes <= head_dim; channel += lanes) add(d, channel);
-    for (; channel < head_dim; ++channel) add(d1, channel);
+  switch (args.layout->codec) {
+    case Codec::kBf16: return AttendCodec<Codec::kBf16>(args);
+    case Codec::kF16: return AttendCodec<Codec::kF16>(args);
+    default: return AttendCodec<Codec::kF32>(args);
   }
 }
 

@@ -1,7 +1,8 @@
 // HeadReader: one KV head's part of blocks, in the layout that kernels read.
 //
 // Blocks as a forward pass wrote them are read where they lie. Encoded ones are decoded into scratch; the block read
-// last is not decoded again, so blocks that many visit one after the other are decoded once for all of them.
+// last is not decoded again, so blocks that many visit one after the other are decoded once for all of them. A block
+// that is a difference from another one is added to that, which is itself read like any.
 //
 // Threads: one. Owns: nothing; `scratch` is the caller's. Results stay while kInFlight further ones of the same kind
 // have not been asked for, and blocks do not change. Fails how: never.
@@ -19,7 +20,7 @@ class HeadReader {
  public:
   static constexpr int kInFlight = kVisitsMax;
 
-  static size_t ScratchBytes(int head_dim) { return RoundUp<size_t>(2 * kInFlight * PlaceBytes(head_dim), 64); }
+  static size_t ScratchBytes(int head_dim) { return RoundUp<size_t>(2 * kPlaces * PlaceBytes(head_dim), 64); }
 
   // scratch: ScratchBytes(head_dim), 64-byte aligned.
   explicit HeadReader(std::byte* scratch) : scratch_(scratch) {}
@@ -32,6 +33,8 @@ class HeadReader {
   }
 
  private:
+  static constexpr int kPlaces = kInFlight + 1;  // the last one is for what differences are from
+
   struct Last {
     BlockId block;
     int kv_head = 0;
@@ -47,17 +50,36 @@ class HeadReader {
     const std::byte* data = run.cache->data(block);
     if (codec == run.layout->codec) return data + run.layout->head_offset(kv_head, cap);
     Last& last = last_[static_cast<size_t>(kind)];
-    std::byte* places = scratch_ + static_cast<size_t>(kind) * kInFlight * PlaceBytes(run.layout->head_dim);
+    const size_t place_bytes = PlaceBytes(run.layout->head_dim);
+    std::byte* places = scratch_ + static_cast<size_t>(kind) * kPlaces * place_bytes;
     if (last.block != block || last.kv_head != kv_head) {
       last = {block, kv_head, (last.place + 1) % kInFlight};
-      const std::byte* mean = kind == codec::Kind::kK ? run.key_mean : nullptr;
-      codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, mean,
-                        places + last.place * PlaceBytes(run.layout->head_dim));
+      std::byte* out = places + last.place * place_bytes;
+      if (const BlockId base = run.cache->base(block); base.valid()) {
+        const std::byte* mean = Base(run, kind, base, cap, kv_head, places + kInFlight * place_bytes);
+        codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, mean, out, cap);
+      } else {
+        codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, Mean(run, kind, kv_head), out);
+      }
     }
-    return places + last.place * PlaceBytes(run.layout->head_dim);
+    return places + last.place * place_bytes;
   }
 
-  std::byte* scratch_;          // (kinds, kInFlight, one head of a whole block)
+  static const std::byte* Base(const BlockRun& run, codec::Kind kind, BlockId base, int cap, int kv_head,
+                               std::byte* place) {
+    const codec::Codec codec = run.cache->codec(base);
+    const std::byte* data = run.cache->data(base);
+    if (codec == run.layout->codec) return data + run.layout->head_offset(kv_head, cap);
+    codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, Mean(run, kind, kv_head), place);
+    return place;
+  }
+
+  static const std::byte* Mean(const BlockRun& run, codec::Kind kind, int kv_head) {
+    if (kind == codec::Kind::kV || run.key_mean == nullptr) return nullptr;
+    return run.key_mean + run.layout->head_offset(kv_head, codec::kBlockTokensMax);
+  }
+
+  std::byte* scratch_;          // (kinds, kPlaces, one head of a whole block)
   std::array<Last, 2> last_{};  // by kind
 };
 

@@ -103,7 +103,7 @@ struct TileArgs {
   dense::Activations out;  // (rows, n_heads * head_dim)
   int out_row = 0;         // row of out for the first row
   int out_column = 0;
-  std::byte* scratch = nullptr;  // TileScratchBytes(head_dim), 64-byte aligned
+  std::byte* scratch = nullptr;  // (Generic)TileScratchBytes(head_dim), 64-byte aligned
 };
 
 constexpr size_t TileScratchBytes(int head_dim) {
@@ -114,6 +114,23 @@ constexpr size_t TileScratchBytes(int head_dim) {
 
 // Requires bf16 blocks and AVX-512 BF16.
 void TileAttentionBf16(const TileArgs& args);
+
+// In f32, keys and values of a tile take twice the bytes: half as many stay in the second cache.
+inline constexpr int kGenericTileKeys = 128;
+
+// The least row of so many floats that is an odd number of cache lines: columns then spread over all sets of a cache.
+constexpr int OddLines(int floats) { return (CeilDiv(floats, 16) | 1) * 16; }
+
+inline constexpr int kGenericTileKeyStride = OddLines(kGenericTileKeys + 16);  // blocks are gathered in whole vectors
+
+constexpr size_t GenericTileScratchBytes(int head_dim) {
+  const size_t hd = RoundUp(head_dim, 32);
+  const size_t rows = 2 * kTileQueries + kGenericTileKeyStride;
+  return 4 * (rows * hd + (kGenericTileKeys + 1) * (hd + 16) + 2 * kTileQueries + 25 * kGenericTileKeys) + 1024;
+}
+
+// Any codec, any target, f32 arithmetic throughout.
+void TileAttentionGeneric(const TileArgs& args);
 
 // Prepares one token after the QKV product: queries into pair order and scaled; K rotated by its position from the base
 // of its block; K and V into the block.

@@ -1,11 +1,13 @@
 #include "attention/kernels.h"
 
 #include <cmath>
+#include <span>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "attention/head_reader.h"
 #include "attention/test_world.h"
 
 namespace jointkv::attention {
@@ -68,50 +70,144 @@ void ExpectAgreement(const std::vector<Row>& rows) {
   }
 }
 
-// Attention never picks the generic kernel for bf16 blocks where the CPU has a better one, so it is called here.
+// A sequence of 330 tokens in bf16 blocks, the last of them open, with a factor for each block's keys and values.
+class Blocks {
+ public:
+  static constexpr int kTokens = 330;
+  static constexpr int kKvHead = 1;
+
+  explicit Blocks(int head_dim)
+      : world_({.n_heads = 4, .n_kv_heads = 2, .head_dim = head_dim, .judged = false}), id_(world_.Start()) {
+    world_.Step({{id_, RandomTokens(kTokens, 3)}});
+    k_scale_ = dense::RandomFloats(blocks().size(), 6, 0.5f);
+    v_scale_ = dense::RandomFloats(blocks().size(), 7);
+  }
+
+  const codec::BlockLayout& layout() { return world_.cache().shape().layout; }
+  std::span<const kv::LogicalBlock> blocks() { return world_.cache().blocks(id_); }
+  const dense::RopeTable& rope() const { return world_.rope(); }
+
+  BlockRun Run(bool scaled) {
+    const kv::KvCache& cache = world_.cache();
+    return {.layout = &layout(),
+            .blocks = blocks().data(),
+            .k = cache.table(id_, 0, kv::Kind::kK),
+            .v = cache.table(id_, 0, kv::Kind::kV),
+            .k_scale = scaled ? k_scale_.data() : nullptr,
+            .v_scale = scaled ? v_scale_.data() : nullptr,
+            .cache = &cache};
+  }
+
+  // The first logical block that a row at `position` may see.
+  int FirstVisible(int position, int window) {
+    int first = 0;
+    while (window != 0 && blocks()[first].start + blocks()[first].tokens <= position - window + 1) ++first;
+    return first;
+  }
+
+  // What a row at `position` may see; q: (queries, 2, head_dim / 2).
+  std::vector<Visit> Visits(int position, int window, bool scaled, const float* q) {
+    const BlockRun run = Run(scaled);
+    std::vector<Visit> all;
+    for (int i = FirstVisible(position, window); i < static_cast<int>(blocks().size()); ++i) {
+      const kv::LogicalBlock& block = blocks()[i];
+      if (block.start > position) break;
+      const ptrdiff_t head = static_cast<ptrdiff_t>(layout().head_offset(kKvHead, block.cap));
+      all.push_back({.k = run.cache->data(run.k[i]) + head,
+                     .v = run.cache->data(run.v[i]) + head,
+                     .cap = block.cap,
+                     .begin = window == 0 ? 0 : std::max(0, position - window + 1 - block.start),
+                     .end = std::min<int>(block.tokens, position + 1 - block.start),
+                     .k_scale = run.KScale(i),
+                     .v_scale = run.VScale(i),
+                     .cos = rope().cos(position - block.base),
+                     .sin = rope().sin(position - block.base),
+                     .q = q});
+    }
+    return all;
+  }
+
+ private:
+  World world_;
+  SequenceId id_;
+  std::vector<float> k_scale_;
+  std::vector<float> v_scale_;
+};
+
+std::vector<float> RandomQueries(int queries, int head_dim) {
+  return dense::RandomFloats(static_cast<size_t>(queries) * head_dim, 5,
+                             1.44f / std::sqrt(static_cast<float>(head_dim)));
+}
+
+// Attention never picks the generic kernels for bf16 blocks where the CPU has better ones, so they are called here.
 TEST(KernelsTest, BlockKernelsAgreeOnBf16Blocks) {
-  constexpr int kKvHead = 1;
   for (const int head_dim : {16, 64, 80, 256}) {
     const testing::ScopedTrace trace(__FILE__, __LINE__, "head_dim " + std::to_string(head_dim));
-    World world({.n_heads = 4, .n_kv_heads = 2, .head_dim = head_dim, .judged = false});
-    const SequenceId id = world.Start();
-    world.Step({{id, RandomTokens(200, 3)}});
-    const kv::KvCache& cache = world.cache();
-    const auto blocks = cache.blocks(id);
-    const std::vector<float> q = dense::RandomFloats(static_cast<size_t>(kGroupMax) * head_dim, 5,
-                                                     1.44f / std::sqrt(static_cast<float>(head_dim)));
-    const std::vector<float> k_scale = dense::RandomFloats(blocks.size(), 6, 0.5f);
-    const std::vector<float> v_scale = dense::RandomFloats(blocks.size(), 7);
-    const auto visits = [&](int window, int last, bool scaled) {
-      const int position = blocks[last - 1].start + blocks[last - 1].tokens / 2;
-      std::vector<Visit> all;
-      for (int i = 0; i < last; ++i) {
-        const kv::LogicalBlock& block = blocks[i];
-        if (window != 0 && block.start + block.tokens <= position - window + 1) continue;
-        const auto head = [&](kv::Kind kind) {
-          return cache.data(cache.table(id, 0, kind)[i]) + cache.shape().layout.head_offset(kKvHead, block.cap);
-        };
-        all.push_back({.k = head(kv::Kind::kK),
-                       .v = head(kv::Kind::kV),
-                       .cap = block.cap,
-                       .begin = window == 0 ? 0 : std::max(0, position - window + 1 - block.start),
-                       .end = std::min<int>(block.tokens, position + 1 - block.start),
-                       .k_scale = scaled ? k_scale[i] : 1,
-                       .v_scale = scaled ? v_scale[i] : 1,
-                       .cos = world.rope().cos(position - block.base),
-                       .sin = world.rope().sin(position - block.base),
-                       .q = q.data()});
-      }
-      return all;
-    };
+    Blocks blocks(head_dim);
+    const std::vector<float> q = RandomQueries(kGroupMax, head_dim);
     for (int queries = 1; queries <= kGroupMax; ++queries) {
       for (const int window : {0, 1, 6, 50}) {
-        for (int last = 1; last <= static_cast<int>(blocks.size()); last += 3) {
+        for (int last = 1; last <= static_cast<int>(blocks.blocks().size()); last += 3) {
+          const kv::LogicalBlock& block = blocks.blocks()[last - 1];
           for (const bool scaled : {false, true}) {
-            VisitArgs args{.layout = &cache.shape().layout, .queries = queries};
-            ExpectAgreement(RunEveryKernel(args, visits(window, last, scaled)));
+            VisitArgs args{.layout = &blocks.layout(), .queries = queries};
+            ExpectAgreement(
+                RunEveryKernel(args, blocks.Visits(block.start + block.tokens / 2, window, scaled, q.data())));
             if (HasFatalFailure()) return;
           }
+        }
+      }
+    }
+  }
+}
+
+// The last rows of a sequence, as tiles on every target and as one row after the other: within f32 rounding, and what
+// the bf16 kernel rounds (see ExpectAgreement).
+TEST(KernelsTest, TileKernelsAgreeWithBlockKernels) {
+  constexpr int kGroup = 2;
+  for (const int head_dim : {16, 18, 64, 80, 256}) {
+    Blocks blocks(head_dim);
+    std::vector<float> scratch(
+        std::max(TileScratchBytes(head_dim), GenericTileScratchBytes(head_dim)) / sizeof(float) + 16, NAN);
+    for (const int rows : {1, 7, 64}) {
+      const std::vector<float> q = RandomQueries(rows * kGroup, head_dim);
+      for (const int window : {0, 1, 50, 200}) {
+        for (const bool scaled : {false, true}) {
+          const testing::ScopedTrace trace(__FILE__, __LINE__,
+                                           "head_dim " + std::to_string(head_dim) + " rows " + std::to_string(rows) +
+                                               " window " + std::to_string(window) + (scaled ? " scaled" : ""));
+          const int position = Blocks::kTokens - rows;
+          std::vector<float> expected;
+          for (int row = 0; row < rows; ++row) {
+            const float* row_q = q.data() + static_cast<ptrdiff_t>(row) * kGroup * head_dim;
+            const Row one = RunKernel(AttendGeneric, {.layout = &blocks.layout(), .queries = kGroup},
+                                      blocks.Visits(position + row, window, scaled, row_q), kVisitsMax);
+            expected.insert(expected.end(), one.out.begin(), one.out.end());
+          }
+          std::vector<float> out(expected.size());
+          HeadReader reader(nullptr);  // nothing is encoded
+          const TileArgs args{.run = blocks.Run(scaled),
+                              .reader = &reader,
+                              .kv_head = Blocks::kKvHead,
+                              .rope = &blocks.rope(),
+                              .q = q.data(),
+                              .q_row_stride = static_cast<ptrdiff_t>(kGroup) * head_dim,
+                              .group = kGroup,
+                              .rows = rows,
+                              .position = position,
+                              .window = window,
+                              .first = blocks.FirstVisible(position, window),
+                              .last = static_cast<int>(blocks.blocks().size()),
+                              .out = {out.data(), dense::Precision::kF32, rows, kGroup * head_dim},
+                              .scratch = reinterpret_cast<std::byte*>(AlignUp64(scratch.data()))};
+          const auto check = [&](void (*kernel)(const TileArgs&), double tolerance) {
+            std::ranges::fill(out, NAN);
+            kernel(args);
+            for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], expected[i], tolerance) << "at " << i;
+          };
+          dense::ForEachTarget([&] { check(TileAttentionGeneric, 1e-4); });
+          if (HasAvx512Bf16()) check(TileAttentionBf16, 0.05);
+          if (HasFatalFailure()) return;
         }
       }
     }

@@ -40,6 +40,8 @@ struct WorldShape {
   bool absolute_keys = false;  // in the store
   // Every second sealed block is encoded so, in each table for itself.
   std::optional<codec::Codec> sealed = {};
+  // Sealed blocks are kept as differences from an earlier one of their size in the same sequence, where there is one.
+  bool residuals = false;
   bool scaled = false;  // every block of every layer has factors for its keys and its values
   int threads = 2;
   bool judged = true;     // false: only the bits of the results matter
@@ -68,9 +70,12 @@ class World {
     // Each token may stand alone in a block of the smallest class.
     const size_t bytes =
         kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (4u << 20);
-    auto cache = kv::KvCache::Create(
-        kv, kv::BlockCutter({1}),
-        {.cap_bytes = bytes, .prefix_cache = true, .absolute_keys = shape.absolute_keys, .scales = shape.scaled});
+    auto cache = kv::KvCache::Create(kv, kv::BlockCutter({1}),
+                                     {.cap_bytes = bytes,
+                                      .prefix_cache = true,
+                                      .absolute_keys = shape.absolute_keys,
+                                      .scales = shape.scaled,
+                                      .residuals = shape.residuals});
     EXPECT_TRUE(cache.ok()) << cache.status().ToString();
     cache_ = std::move(cache).value();
     // Fresh blocks hold NaN in every codec: whatever a kernel reads without having written it shows.
@@ -87,7 +92,8 @@ class World {
   const dense::RopeTable& rope() const { return rope_; }
   const Results& results() const { return results_; }
   double worst_error() const { return worst_error_; }
-  int encoded() const { return encoded_; }  // blocks
+  int encoded() const { return encoded_; }          // blocks
+  int differences() const { return differences_; }  // of those
 
   SequenceId Start(DomainId domain = DomainId(0)) {
     const SequenceId id = cache_->Create(domain, shape_.tokens_max);
@@ -145,20 +151,44 @@ class World {
   // Of the blocks that a sequence has just sealed and not taken from others.
   void Encode(SequenceId sequence, kv::SealedRange sealed) {
     const codec::BlockLayout& layout = cache_->shape().layout;
-    for (int table = 0; shape_.sealed.has_value() && table < cache_->shape().n_tables(); ++table) {
+    for (int table = 0; table < cache_->shape().n_tables(); ++table) {
       const auto kind = static_cast<kv::Kind>(table % 2);
       for (int index = sealed.first; index < sealed.last; ++index) {
-        if ((index + table) % 2 != 0 || !cache_->Owned(sequence, table, index)) continue;
+        if (!cache_->Owned(sequence, table, index)) continue;
         const BlockId own = cache_->table(sequence, table / 2, kind)[index];
         if (cache_->codec(own) != layout.codec) continue;
         const kv::LogicalBlock& block = cache_->blocks(sequence)[index];
         std::vector<std::byte> encoded(layout.block_bytes(block.cap));
+        if (const BlockId base = BaseFor(sequence, table, index); base.valid()) {
+          const codec::Codec to = kv::kResidualCodecs[(index + table) % kv::kResidualCodecs.size()];
+          const std::vector<std::byte> mean = kv::StoredBlock(*cache_, table, base, block.cap);
+          codec::EncodeBlock(layout, kind, to, cache_->data(own), block.cap, block.tokens, mean.data(), encoded.data(),
+                             block.cap);
+          ASSERT_TRUE(cache_->Encode(sequence, table, index, to, encoded.data(), base).valid());
+          ++encoded_;
+          ++differences_;
+          continue;
+        }
+        if (!shape_.sealed.has_value() || (index + table) % 2 != 0) continue;
         codec::EncodeBlock(layout, kind, *shape_.sealed, cache_->data(own), block.cap, block.tokens,
                            kind == kv::Kind::kK ? cache_->key_mean(table / 2) : nullptr, encoded.data());
         ASSERT_TRUE(cache_->Encode(sequence, table, index, *shape_.sealed, encoded.data()).valid());
         ++encoded_;
       }
     }
+  }
+
+  // An earlier block of the same size that stands alone; invalid: none.
+  BlockId BaseFor(SequenceId sequence, int table, int index) const {
+    const auto blocks = cache_->blocks(sequence);
+    const BlockId* row = cache_->table(sequence, table / 2, static_cast<kv::Kind>(table % 2));
+    for (int i = index - 1; i >= 0 && shape_.residuals; --i) {
+      if (row[i].valid() && row[i] != row[index] && blocks[i].cap == blocks[index].cap &&
+          blocks[i].tokens == blocks[index].tokens && !cache_->base(row[i]).valid()) {
+        return row[i];
+      }
+    }
+    return BlockId();
   }
 
   // The factor of a block whose first token has this history.
@@ -419,6 +449,7 @@ class World {
   std::vector<double> stored_ = std::vector<double>(8192);
   Results results_;
   int encoded_ = 0;
+  int differences_ = 0;
   double worst_error_ = 0;
   double squared_error_ = 0;
   double predicted_variance_ = 0;

@@ -63,6 +63,12 @@ Status CheckModelFile(const std::string& path) {
 void AddFusionScopeFlags(CLI::App& app, joint::FusionOptions& fusion) {
   app.add_flag("--similarity", fusion.similarity,
                "bounded: also try blocks with other tokens, found by the likeness of their values");
+  app.add_option_function<std::string>(
+         "--kv-residuals", [&fusion](const std::string& text) { fusion.residuals = text == "on"; },
+         "bounded: keep blocks beyond the budget as what they differ by from a representative, in 1, 2 or 4 bits")
+      ->check(CLI::IsMember({"on", "off"}).description(""))
+      ->type_name("on|off")
+      ->default_str("off");
   const auto choose = [&fusion](const std::string& text) {
     fusion.across_requests = text != "cff";
     fusion.across_chunks = text != "bff";

@@ -32,6 +32,7 @@ Json SettingJson(const EvalContext& context, const EvalSetting& setting) {
           {"policy", joint::PolicyName(fusion.policy)},
           {"budget", bounded ? Json(Plain(fusion.budget)) : Json()},
           {"similarity", bounded ? Json(fusion.similarity) : Json()},
+          {"residuals", bounded ? Json(fusion.residuals) : Json()},
           {"threshold", cosine ? Json(Plain(fusion.threshold)) : Json()},
           {"cosine_scope", cosine ? Json(ScopeName(fusion)) : Json()},
           {"kv_type", setting.kv_type.name()},
@@ -62,6 +63,7 @@ Json RowJson(const EvalContext& context, const EvalRow& row) {
                {"worst_nmse", row.worst_nmse},
                {"blocks_offered", row.blocks_offered},
                {"blocks_fused", row.blocks_fused},
+               {"blocks_residual", row.blocks_residual},
                {"blocks_rejected", row.blocks_rejected},
                {"fusion_s", row.fusion_s},
                {"fusion_share", row.step_s > 0 ? row.fusion_s / row.step_s : 0},
@@ -110,6 +112,7 @@ EvalRow RowOf(const EvalResult& result, const EvalContext& context) {
     row.worst_nmse = std::max(row.worst_nmse, run.fusion.worst_nmse);
     row.blocks_offered += static_cast<double>(run.fusion.offered) / seeds;
     row.blocks_fused += static_cast<double>(run.fusion.fused) / seeds;
+    row.blocks_residual += static_cast<double>(run.fusion.residuals) / seeds;
     row.blocks_rejected += static_cast<double>(run.fusion.rejected) / seeds;
     row.fusion_s += run.fusion.fusion_s / seeds;
     row.step_s += run.step_s / seeds;
@@ -137,7 +140,9 @@ std::string SettingName(const EvalSetting& setting) {
   const joint::FusionOptions& fusion = setting.fusion;
   switch (fusion.policy) {
     case Policy::kOff: return "off";
-    case Policy::kBounded: return fmt::format("bounded {}{}", fusion.budget, fusion.similarity ? " similarity" : "");
+    case Policy::kBounded:
+      return fmt::format("bounded {}{}{}", fusion.budget, fusion.similarity ? " similarity" : "",
+                         fusion.residuals ? " residuals" : "");
     case Policy::kCosine: return fmt::format("cosine {} {}", fusion.threshold, ScopeName(fusion));
   }
   return "?";

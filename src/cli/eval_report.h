@@ -55,6 +55,7 @@ struct EvalRow {
   double worst_nmse = 0;
   double blocks_offered = 0;
   double blocks_fused = 0;
+  double blocks_residual = 0;
   double blocks_rejected = 0;
   double fusion_s = 0;
   double step_s = 0;

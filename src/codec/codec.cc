@@ -11,6 +11,8 @@ const char* CodecName(Codec codec) {
     case Codec::kF32: return "f32";
     case Codec::kQ8: return "q8";
     case Codec::kQ4: return "q4";
+    case Codec::kQ2: return "q2";
+    case Codec::kQ1: return "q1";
   }
   return "?";
 }

@@ -11,10 +11,16 @@
 
 namespace jointkv::codec {
 
-enum class Codec : uint8_t { kBf16, kF16, kF32, kQ8, kQ4 };
+enum class Codec : uint8_t { kBf16, kF16, kF32, kQ8, kQ4, kQ2, kQ1 };
 
 // Levels and one scale per head vector (see quantised.h) instead of elements that stand alone.
-constexpr bool IsQuantised(Codec codec) { return codec == Codec::kQ8 || codec == Codec::kQ4; }
+constexpr bool IsQuantised(Codec codec) { return codec >= Codec::kQ8; }
+
+// Bits of a level; quantised codecs only.
+constexpr int LevelBits(Codec codec) {
+  CHECK(IsQuantised(codec));
+  return codec == Codec::kQ8 ? 8 : codec == Codec::kQ4 ? 4 : codec == Codec::kQ2 ? 2 : 1;
+}
 
 // Not for quantised codecs.
 constexpr size_t ElementBytes(Codec codec) {
@@ -23,7 +29,7 @@ constexpr size_t ElementBytes(Codec codec) {
 }
 
 const char* CodecName(Codec codec);
-std::optional<Codec> ParseCodec(std::string_view name);
+std::optional<Codec> ParseCodec(std::string_view name);  // those that a user may ask for: not q2 and q1
 
 using jointkv::Bf16FromF32;
 using jointkv::F32FromBf16;

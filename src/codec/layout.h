@@ -8,11 +8,13 @@
 //   V, bf16      [cap/2 token pairs][hd channels][2]   a lane is a channel, its 32 bits two tokens
 //   K, f16, f32  [hd channels][cap tokens]             channel order: pair 0 first, pair 0 second, pair 1 first, ...
 //   V, f16, f32  [cap tokens][hd channels]
-//   K and V, q4  [hd/2 channel pairs][cap tokens]      a byte is a pair: low nibble first; then [cap] bf16 scales
+//   K and V, q4, q2, q1
+//                [hd * bits / 8][cap tokens]           a byte is 8 / bits channels, the first in its lowest bits; then
+//                                                      [cap] bf16 scales
 //   K, q8        [hd channels][cap tokens]             int8; then [cap] bf16 scales
 //   V, q8        [cap tokens][hd channels]             int8; then [cap] bf16 scales
 //
-// V of q4 lies as K does, because both leave the inverse transform with a lane per token (see quantised.h).
+// V of those lies as K does, because both leave the inverse transform with a lane per token (see quantised.h).
 //
 // A channel pair is a RoPE pair (dense/rope.h), whatever two channels of the model's head vector those are.
 #pragma once
@@ -38,8 +40,7 @@ struct BlockLayout {
 
   size_t head_bytes(int cap) const {
     const size_t tokens = cap;
-    if (codec == Codec::kQ4) return tokens * (head_dim / 2 + sizeof(uint16_t));
-    if (codec == Codec::kQ8) return tokens * (head_dim + sizeof(uint16_t));
+    if (IsQuantised(codec)) return tokens * (head_dim * LevelBits(codec) / 8 + sizeof(uint16_t));
     return tokens * head_dim * ElementBytes(codec);
   }
   size_t head_offset(int head, int cap) const { return head * head_bytes(cap); }

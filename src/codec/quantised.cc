@@ -21,13 +21,15 @@ struct Levels {
   int16_t x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens)
 };
 
-// S H of the nibbles' levels.
-void InverseQ4(const HeadArgs& args, const uint8_t* pairs, Levels& levels) {
-  for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+// S H of the levels.
+template <Codec kCodec>
+void Inverse(const HeadArgs& args, const uint8_t* bytes, Levels& levels) {
+  constexpr int kBits = LevelBits(kCodec);
+  constexpr int kPerByte = 8 / kBits;
+  for (int c = 0; c < args.head_dim; ++c) {
     for (int t = 0; t < args.cap; ++t) {
-      const uint8_t both = pairs[static_cast<ptrdiff_t>(pair) * args.cap + t];
-      levels.x[2 * pair][t] = kNibbleLevels[both & 15];
-      levels.x[2 * pair + 1][t] = kNibbleLevels[both >> 4];
+      const int byte = bytes[static_cast<ptrdiff_t>(c / kPerByte) * args.cap + t];
+      levels.x[c][t] = kLevelTable<kCodec>[byte >> (c % kPerByte * kBits) & ((1 << kBits) - 1)];
     }
   }
   const int part = PartOf(args.head_dim);
@@ -63,11 +65,12 @@ void LevelsOfQ8(const HeadArgs& args, const std::byte* head, Levels& levels) {
 void CheckArgs(const BlockLayout& layout, Codec codec, int cap) {
   CHECK(layout.codec == Codec::kBf16 && IsQuantised(codec));
   CHECK(layout.head_dim >= 2 && layout.head_dim <= kQuantisedHeadDimMax && layout.head_dim % 2 == 0);
+  CHECK(layout.head_dim * LevelBits(codec) % 8 == 0);
   CHECK(cap >= kClassStep && cap <= kBlockTokensMax && cap % kClassStep == 0);
 }
 
-const std::byte* MeanOf(const BlockLayout& layout, const std::byte* mean, int head) {
-  return mean == nullptr ? nullptr : mean + layout.head_offset(head, kBlockTokensMax);
+const std::byte* HeadOf(const BlockLayout& layout, const std::byte* mean, int mean_cap, int head) {
+  return mean == nullptr ? nullptr : mean + layout.head_offset(head, mean_cap);
 }
 
 }  // namespace
@@ -80,13 +83,14 @@ void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int token
 
 void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* out) {
   Levels levels;
-  if (args.codec == Codec::kQ4) {
-    InverseQ4(args, reinterpret_cast<const uint8_t*>(head), levels);
-  } else {
-    LevelsOfQ8(args, head, levels);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(head);
+  switch (args.codec) {
+    case Codec::kQ4: Inverse<Codec::kQ4>(args, bytes, levels); break;
+    case Codec::kQ2: Inverse<Codec::kQ2>(args, bytes, levels); break;
+    case Codec::kQ1: Inverse<Codec::kQ1>(args, bytes, levels); break;
+    default: LevelsOfQ8(args, head, levels);
   }
-  const std::byte* scales =
-      head + static_cast<ptrdiff_t>(args.cap) * (args.codec == Codec::kQ4 ? args.head_dim / 2 : args.head_dim);
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.cap) * args.head_dim * LevelBits(args.codec) / 8;
   float scale[kLanes];
   for (int t = 0; t < args.cap; ++t) {
     uint16_t bits = 0;
@@ -103,7 +107,7 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
   if (args.kind == Kind::kK) {
     for (ptrdiff_t pair = 0; pair < args.head_dim / 2; ++pair) {
       for (int t = 0; t < args.cap; ++t)
-        store(pair * args.cap + t, pair * kLanes + t, value(2 * pair, t), value(2 * pair + 1, t));
+        store(pair * args.cap + t, pair * args.mean_cap + t, value(2 * pair, t), value(2 * pair + 1, t));
     }
   } else {
     for (int t = 0; t < args.cap; t += 2) {
@@ -114,31 +118,37 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
 }
 
 void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
-                 const std::byte* mean, std::byte* out) {
+                 const std::byte* mean, std::byte* out, int mean_cap) {
   CheckArgs(source, to, cap);
   CHECK(tokens >= 0 && tokens <= cap);
-  const auto encode = HasAvx512Kernels(source.head_dim) ? EncodeHeadAvx512 : EncodeHeadPortable;
+  const auto encode = HasAvx512Kernels(source.head_dim)      ? EncodeHeadAvx512
+                      : HasAvx2Kernels(source.head_dim, cap) ? EncodeHeadAvx2
+                                                             : EncodeHeadPortable;
   const BlockLayout target{source.n_kv_heads, source.head_dim, to};
   for (int head = 0; head < source.n_kv_heads; ++head) {
-    encode({kind, to, source.head_dim, cap, MeanOf(source, mean, head)}, block + source.head_offset(head, cap), tokens,
-           out + target.head_offset(head, cap));
+    encode({kind, to, source.head_dim, cap, HeadOf(source, mean, mean_cap, head), mean_cap},
+           block + source.head_offset(head, cap), tokens, out + target.head_offset(head, cap));
   }
   const size_t end = target.head_offset(target.n_kv_heads, cap);
   std::memset(out + end, 0, target.block_bytes(cap) - end);
 }
 
 void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
-                const std::byte* mean, std::byte* out) {
+                const std::byte* mean, std::byte* out, int mean_cap) {
   CheckArgs(layout, from, cap);
-  const auto decode = HasAvx512Kernels(layout.head_dim) ? DecodeHeadAvx512 : DecodeHeadPortable;
+  const auto decode = HasAvx512Kernels(layout.head_dim)      ? DecodeHeadAvx512
+                      : HasAvx2Kernels(layout.head_dim, cap) ? DecodeHeadAvx2
+                                                             : DecodeHeadPortable;
   const BlockLayout source{layout.n_kv_heads, layout.head_dim, from};
-  decode({kind, from, layout.head_dim, cap, MeanOf(layout, mean, head)}, block + source.head_offset(head, cap), out);
+  decode({kind, from, layout.head_dim, cap, mean, mean_cap}, block + source.head_offset(head, cap), out);
 }
 
 void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
-                 const std::byte* mean, std::byte* out) {
-  for (int head = 0; head < layout.n_kv_heads; ++head)
-    DecodeHead(layout, kind, from, block, head, cap, mean, out + layout.head_offset(head, cap));
+                 const std::byte* mean, std::byte* out, int mean_cap) {
+  for (int head = 0; head < layout.n_kv_heads; ++head) {
+    DecodeHead(layout, kind, from, block, head, cap, HeadOf(layout, mean, mean_cap, head),
+               out + layout.head_offset(head, cap), mean_cap);
+  }
 }
 
 }  // namespace jointkv::codec

@@ -1,10 +1,11 @@
-// Blocks of 8 and 4 bits a value, made from bf16 blocks and decoded into them. A head vector is one token's head_dim
-// values of one head, less what a mean holds for them; each has one bf16 scale. Layouts: layout.h.
+// Blocks of 8, 4, 2 and 1 bits a value, made from bf16 blocks and decoded into them. A head vector is one token's
+// head_dim values of one head, less what a mean holds for them; each has one bf16 scale. Layouts: layout.h.
 //
 //   q8   value = scale * level, levels -127..127
 //   q4   values = scale * S H levels: S changes signs by a fixed pattern, H is the Walsh-Hadamard matrix (+-1) of the
 //        largest power of two that divides head_dim, part by part, and levels are the 16 of a Gaussian with the least
 //        squared error, in integers. Most head vectors are nearly Gaussian after H S, whatever they were before.
+//   q2, q1   the same with 4 and 2 levels: for what a block differs by from a mean that resembles it
 //
 // Differences from the mean are held within +-2^50, and a head vector whose differences are all smaller than 2^-50
 // decodes to the mean. Decoded values below 2^-126 are zeros. Every block decodes to finite values if its mean is
@@ -13,7 +14,8 @@
 // Levels, transform and scaling are exact in the numbers that they are done in, so that results are the same bits on
 // every processor: two roundings are left, of the sum with the mean to f32 and of that to bf16.
 //
-// Functions without state, for any thread. head_dim is even, 2..kQuantisedHeadDimMax; cap is a size class.
+// Functions without state, for any thread. head_dim is even, 2..kQuantisedHeadDimMax, of whole bytes in the codec; cap
+// is a size class.
 #pragma once
 
 #include <cstddef>
@@ -25,19 +27,19 @@ namespace jointkv::codec {
 inline constexpr int kQuantisedHeadDimMax = 256;
 
 // block: `source` (bf16) of cap tokens, of which the first `tokens` count; the others of `out` decode to the mean.
-// mean: subtracted before and added after, laid out as `source` with kBlockTokensMax tokens; null: zeros. Token t takes
-// the mean's token t.
+// mean: subtracted before and added after, laid out as `source` with mean_cap tokens; null: zeros. Token t takes the
+// mean's token t.
 // out: block_bytes(cap) bytes of the same heads in codec `to`, all of which are set.
 void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
-                 const std::byte* mean, std::byte* out);
+                 const std::byte* mean, std::byte* out, int mean_cap = kBlockTokensMax);
 
-// layout: bf16. block: the whole block in codec `from`. mean: as in EncodeBlock, all heads. out: one head of cap
+// layout: bf16. block: the whole block in codec `from`. mean: as in EncodeBlock, of this head. out: one head of cap
 // tokens.
 void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
-                const std::byte* mean, std::byte* out);
+                const std::byte* mean, std::byte* out, int mean_cap = kBlockTokensMax);
 
 // out: block_bytes(cap) bytes; those past the heads stay as they are.
 void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
-                 const std::byte* mean, std::byte* out);
+                 const std::byte* mean, std::byte* out, int mean_cap = kBlockTokensMax);
 
 }  // namespace jointkv::codec

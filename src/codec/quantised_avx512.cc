@@ -40,20 +40,22 @@ inline __attribute__((always_inline)) void Butterflies(__m512i (&v)[kN]) {
   }
 }
 
-// The levels of nibbles, and the stages of H among each kGroup channels.
-void FirstStages(const HeadArgs& args, const std::byte* pairs, Levels& levels) {
-  alignas(64) int16_t entries[32];
-  for (int i = 0; i < 32; ++i) entries[i] = kNibbleLevels[i & 15];
-  const __m512i table = _mm512_load_si512(entries);  // an index counts by its low five bits: both halves are the same
+// The levels, and the stages of H among each kGroup channels.
+template <Codec kCodec>
+void FirstStages(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
+  constexpr int kBits = LevelBits(kCodec);
+  constexpr int kPerByte = 8 / kBits;
+  const __m512i table = _mm512_loadu_si512(kLevelTable<kCodec>.data());
   const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << args.cap) - 1);
   for (int c = 0; c < args.head_dim; c += kGroup) {
     __m512i v[kGroup];
 #pragma GCC unroll 8
-    for (int i = 0; i < kGroup / 2; ++i) {
-      const std::byte* row = pairs + static_cast<ptrdiff_t>(c / 2 + i) * args.cap;
-      const __m512i both = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row));
-      v[2 * i] = _mm512_permutexvar_epi16(both, table);
-      v[2 * i + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
+    for (int i = 0; i < kGroup / kPerByte; ++i) {
+      const std::byte* row = bytes + static_cast<ptrdiff_t>(c / kPerByte + i) * args.cap;
+      const __m512i byte = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row));
+#pragma GCC unroll 8
+      for (int j = 0; j < kPerByte; ++j)
+        v[kPerByte * i + j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, j * kBits), table);
     }
     Butterflies(v);
 #pragma GCC unroll 16
@@ -76,9 +78,10 @@ void LastStages(int head_dim, Levels& levels) {
   }
 }
 
-// H of the nibbles' levels.
-void InverseQ4(const HeadArgs& args, const std::byte* pairs, Levels& levels) {
-  FirstStages(args, pairs, levels);
+// H of the levels.
+template <Codec kCodec>
+void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
+  FirstStages<kCodec>(args, bytes, levels);
   switch (PartOf(args.head_dim) / kGroup) {
     case 1: return;
     case 2: return LastStages<2>(args.head_dim, levels);
@@ -129,9 +132,9 @@ void StoreK(const HeadArgs& args, const Levels& levels, const std::byte* scales,
       const auto sign = [](int c) __attribute__((always_inline)) {
         return _mm512_set1_epi32(static_cast<int>(kChannelSigns[c]));
       };
-      const __m512i values =
-          Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(scale, sign(2 * pair)),
-                       Signed(scale, sign(2 * pair + 1)), mask, args.mean, (pair * kLanes + token) * ptrdiff_t{4});
+      const __m512i values = Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(scale, sign(2 * pair)),
+                                          Signed(scale, sign(2 * pair + 1)), mask, args.mean,
+                                          (pair * args.mean_cap + token) * ptrdiff_t{4});
       _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
     }
   }
@@ -192,11 +195,11 @@ void StoreV(const HeadArgs& args, const Levels& levels, const std::byte* scales,
   }
 }
 
-template <bool kMean>
-void DecodeQ4(const HeadArgs& args, const std::byte* head, std::byte* out) {
+template <Codec kCodec, bool kMean>
+void DecodeTransformed(const HeadArgs& args, const std::byte* head, std::byte* out) {
   Levels levels;
-  InverseQ4(args, head, levels);
-  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim / 2) * args.cap;
+  Inverse<kCodec>(args, head, levels);
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim * LevelBits(kCodec) / 8) * args.cap;
   if (args.kind == Kind::kK) {
     StoreK<kMean>(args, levels, scales, out);
   } else {
@@ -218,7 +221,7 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
       for (int pair = 0; pair < args.head_dim / 2; ++pair) {
         const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
         const __m512i values = Pairs<kMean>(LoadQ8(levels, mask), LoadQ8(levels + args.cap, mask), scale, scale, mask,
-                                            args.mean, (pair * kLanes + token) * ptrdiff_t{4});
+                                            args.mean, (pair * args.mean_cap + token) * ptrdiff_t{4});
         _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
       }
     }
@@ -239,6 +242,16 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
   }
 }
 
+template <bool kMean>
+void Decode(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  switch (args.codec) {
+    case Codec::kQ4: return DecodeTransformed<Codec::kQ4, kMean>(args, head, out);
+    case Codec::kQ2: return DecodeTransformed<Codec::kQ2, kMean>(args, head, out);
+    case Codec::kQ1: return DecodeTransformed<Codec::kQ1, kMean>(args, head, out);
+    default: return DecodeQ8<kMean>(args, head, out);
+  }
+}
+
 }  // namespace
 
 void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
@@ -248,12 +261,7 @@ void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens,
 }
 
 void DecodeHeadAvx512(const HeadArgs& args, const std::byte* head, std::byte* out) {
-  const bool mean = args.mean != nullptr;
-  if (args.codec == Codec::kQ4) {
-    (mean ? DecodeQ4<true> : DecodeQ4<false>)(args, head, out);
-  } else {
-    (mean ? DecodeQ8<true> : DecodeQ8<false>)(args, head, out);
-  }
+  (args.mean != nullptr ? Decode<true> : Decode<false>)(args, head, out);
 }
 
 }  // namespace jointkv::codec

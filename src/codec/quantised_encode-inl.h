@@ -42,7 +42,7 @@ inline void LoadK(const HeadArgs& args, const std::byte* source, int tokens, Til
     uint32_t means[kLanes] = {};
     std::memcpy(values, source + static_cast<ptrdiff_t>(pair) * args.cap * 4, static_cast<size_t>(tokens) * 4);
     if (args.mean != nullptr)
-      std::memcpy(means, args.mean + static_cast<ptrdiff_t>(pair) * kLanes * 4, static_cast<size_t>(tokens) * 4);
+      std::memcpy(means, args.mean + static_cast<ptrdiff_t>(pair) * args.mean_cap * 4, static_cast<size_t>(tokens) * 4);
     for (int t = 0; t < kLanes; ++t) {
       tile.x[2 * pair][t] = Held(Low(values[t]) - Low(means[t]));
       tile.x[2 * pair + 1][t] = Held(High(values[t]) - High(means[t]));
@@ -84,7 +84,10 @@ inline void Transform(int head_dim, Tile& tile) {
 }
 
 // Boundary `i` lies between levels i and i + 1.
-constexpr float Boundary(size_t i) { return static_cast<float>(kGridLevels[i] + kGridLevels[i + 1]) / 2; }
+template <Codec kCodec>
+constexpr float Boundary(size_t i) {
+  return static_cast<float>(Grid<kCodec>::kLevels[i] + Grid<kCodec>::kLevels[i + 1]) / 2;
+}
 
 // By which each token's x is multiplied before the nearest level is chosen, and the scale of the levels.
 struct Fit {
@@ -93,7 +96,9 @@ struct Fit {
 };
 
 // Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>.
-inline void FitScales(int head_dim, const Tile& tile, Fit& fit) {
+template <Codec kCodec>
+void FitScales(int head_dim, const Tile& tile, Fit& fit) {
+  constexpr auto& kLevels = Grid<kCodec>::kLevels;
   alignas(64) float rms[kLanes] = {};
   alignas(64) float most[kLanes];
   for (int c = 0; c < head_dim; ++c) {
@@ -107,14 +112,15 @@ inline void FitScales(int head_dim, const Tile& tile, Fit& fit) {
     alignas(64) float inverse[kLanes];
     alignas(64) float along[kLanes] = {};
     alignas(64) float squares[kLanes] = {};  // integers below 2^24
-    for (int t = 0; t < kLanes; ++t) inverse[t] = kGridUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
+    for (int t = 0; t < kLanes; ++t)
+      inverse[t] = Grid<kCodec>::kUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
     for (int c = 0; c < head_dim; ++c) {
       for (int t = 0; t < kLanes; ++t) {
         const float magnitude = std::fabs(tile.x[c][t]);
         const float scaled = magnitude * inverse[t];
-        float level = kGridLevels[0];
-        for (size_t i = 0; i + 1 < kGridLevels.size(); ++i)
-          level = scaled > Boundary(i) ? static_cast<float>(kGridLevels[i + 1]) : level;
+        float level = kLevels[0];
+        for (size_t i = 0; i + 1 < kLevels.size(); ++i)
+          level = scaled > Boundary<kCodec>(i) ? static_cast<float>(kLevels[i + 1]) : level;
         along[t] += magnitude * level;
         squares[t] += level * level;
       }
@@ -127,6 +133,7 @@ inline void FitScales(int head_dim, const Tile& tile, Fit& fit) {
       fit.scale[t] = better ? scale : fit.scale[t];
       most[t] = better ? removed : most[t];
     }
+    if (kLevels.size() == 1) break;  // whatever the scale, the level is the same
   }
   const float norm = 1 / static_cast<float>(PartOf(head_dim));  // H H is PartOf times the identity
   for (int t = 0; t < kLanes; ++t) fit.scale[t] = rms[t] < kLeast ? 0 : fit.scale[t] * norm;
@@ -139,29 +146,30 @@ inline void StoreScales(const float* scales, int cap, std::byte* out) {
   }
 }
 
-inline void Nibbles(const float* x, const float* inverse, int32_t* nibbles) {
-  for (int t = 0; t < kLanes; ++t) {
-    const float scaled = std::fabs(x[t]) * inverse[t];
-    int32_t nibble = x[t] < 0 ? 8 : 0;
-    for (size_t i = 0; i + 1 < kGridLevels.size(); ++i) nibble += scaled > Boundary(i) ? 1 : 0;
-    nibbles[t] = nibble;
-  }
-}
-
-inline void EncodeQ4(const HeadArgs& args, Tile& tile, std::byte* out) {
+template <Codec kCodec>
+void EncodeTransformed(const HeadArgs& args, Tile& tile, std::byte* out) {
+  constexpr auto& kLevels = Grid<kCodec>::kLevels;
+  constexpr int kBits = LevelBits(kCodec);
+  constexpr int kPerByte = 8 / kBits;
   Transform(args.head_dim, tile);
   Fit fit{};
-  FitScales(args.head_dim, tile, fit);
-  for (int pair = 0; pair < args.head_dim / 2; ++pair) {
-    alignas(64) int32_t first[kLanes];
-    alignas(64) int32_t second[kLanes];
+  FitScales<kCodec>(args.head_dim, tile, fit);
+  for (int c = 0; c < args.head_dim; c += kPerByte) {
+    alignas(64) int32_t packed[kLanes] = {};
     alignas(64) uint8_t bytes[kLanes];
-    Nibbles(tile.x[2 * pair], fit.inverse, first);
-    Nibbles(tile.x[2 * pair + 1], fit.inverse, second);
-    for (int t = 0; t < kLanes; ++t) bytes[t] = static_cast<uint8_t>(first[t] | second[t] << 4);
-    std::memcpy(out + static_cast<ptrdiff_t>(pair) * args.cap, bytes, args.cap);
+    for (int i = 0; i < kPerByte; ++i) {
+      const float* x = tile.x[c + i];
+      for (int t = 0; t < kLanes; ++t) {
+        const float scaled = std::fabs(x[t]) * fit.inverse[t];
+        int32_t index = x[t] < 0 ? static_cast<int32_t>(kLevels.size()) : 0;
+        for (size_t level = 0; level + 1 < kLevels.size(); ++level) index += scaled > Boundary<kCodec>(level) ? 1 : 0;
+        packed[t] |= index << (i * kBits);
+      }
+    }
+    for (int t = 0; t < kLanes; ++t) bytes[t] = static_cast<uint8_t>(packed[t]);
+    std::memcpy(out + static_cast<ptrdiff_t>(c / kPerByte) * args.cap, bytes, args.cap);
   }
-  StoreScales(fit.scale, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / 2) * args.cap);
+  StoreScales(fit.scale, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / kPerByte) * args.cap);
 }
 
 inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
@@ -195,10 +203,11 @@ inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
 }
 
 inline void EncodeTile(const HeadArgs& args, Tile& tile, std::byte* out) {
-  if (args.codec == Codec::kQ4) {
-    EncodeQ4(args, tile, out);
-  } else {
-    EncodeQ8(args, tile, out);
+  switch (args.codec) {
+    case Codec::kQ4: return EncodeTransformed<Codec::kQ4>(args, tile, out);
+    case Codec::kQ2: return EncodeTransformed<Codec::kQ2>(args, tile, out);
+    case Codec::kQ1: return EncodeTransformed<Codec::kQ1>(args, tile, out);
+    default: return EncodeQ8(args, tile, out);
   }
 }
 

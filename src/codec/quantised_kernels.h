@@ -1,5 +1,5 @@
-// One head of a quantised block: the kernels behind quantised.h, for every processor and for AVX-512 with BF16. Both
-// give the same bits. Internal to the room; the tests hold them against each other.
+// One head of a quantised block: the kernels behind quantised.h, for every processor, for AVX2 and for AVX-512 with
+// BF16. All give the same bits. Internal to the room; the tests hold them against each other.
 #pragma once
 
 #include <array>
@@ -11,36 +11,61 @@
 
 namespace jointkv::codec {
 
-// What a head is encoded from or decoded to (bf16, cap tokens), with its mean (bf16, kBlockTokensMax tokens, or null).
+// What a head is encoded from or decoded to (bf16, cap tokens), with its mean (bf16, mean_cap tokens, or null).
 struct HeadArgs {
   Kind kind = Kind::kK;
   Codec codec = Codec::kQ4;
   int head_dim = 0;
   int cap = 0;
   const std::byte* mean = nullptr;
+  int mean_cap = kBlockTokensMax;
 };
 
 void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
 void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* out);
+
+// Whether the two below may be called: HasAvx2(), and a head_dim and a block of whole vectors.
+bool HasAvx2Kernels(int head_dim, int cap);
+void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
+void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out);
 
 // Whether the two below may be called: HasAvx512Bf16() and a head_dim of whole vectors.
 bool HasAvx512Kernels(int head_dim);
 void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
 void DecodeHeadAvx512(const HeadArgs& args, const std::byte* head, std::byte* out);
 
-// The 16-level Lloyd-Max grid of a Gaussian (Max, Quantizing for Minimum Distortion, 1960) in integers: these levels
-// leave an error of 0.009506 of the energy when a standard deviation is kGridUnit, where the best real ones leave
-// 0.009501. Sums of kQuantisedHeadDimMax of them fit 16 bits.
-inline constexpr std::array<int8_t, 8> kGridLevels = {5, 15, 25, 36, 48, 62, 79, 104};
-inline constexpr float kGridUnit = 38.1433F;
-static_assert(kGridLevels.back() * kQuantisedHeadDimMax <= INT16_MAX);
+// Lloyd-Max grids of a Gaussian (Max, Quantizing for Minimum Distortion, 1960) in integers: the magnitudes, of kLevels
+// with their signs, and a standard deviation in their unit. What they leave of the energy, and what the best real
+// levels would: 0.009506 and 0.009501 (q4), 0.11748 and 0.11748 (q2), 0.36338 and 0.36338 (q1). Sums of
+// kQuantisedHeadDimMax levels fit 16 bits.
+template <Codec kCodec>
+struct Grid;
+template <>
+struct Grid<Codec::kQ4> {
+  static constexpr std::array<int8_t, 8> kLevels = {5, 15, 25, 36, 48, 62, 79, 104};
+  static constexpr float kUnit = 38.1433F;
+};
+template <>
+struct Grid<Codec::kQ2> {
+  static constexpr std::array<int8_t, 2> kLevels = {3, 10};
+  static constexpr float kUnit = 6.6224F;
+};
+template <>
+struct Grid<Codec::kQ1> {
+  static constexpr std::array<int8_t, 1> kLevels = {1};
+  static constexpr float kUnit = 1.2533F;
+};
+static_assert(Grid<Codec::kQ4>::kLevels.back() * kQuantisedHeadDimMax <= INT16_MAX);
 
-// By nibble: bit 3 is the sign.
-inline constexpr std::array<int8_t, 16> kNibbleLevels = [] {
-  std::array<int8_t, 16> levels{};
-  for (size_t i = 0; i < kGridLevels.size(); ++i) {
-    levels[i] = kGridLevels[i];
-    levels[i + 8] = static_cast<int8_t>(-kGridLevels[i]);
+// By index: the highest of its bits is the sign. A table of 32, so that what lies above those bits does not matter.
+template <Codec kCodec>
+inline constexpr std::array<int16_t, 32> kLevelTable = [] {
+  constexpr auto& kMagnitudes = Grid<kCodec>::kLevels;
+  std::array<int16_t, 32> levels{};
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const size_t index = i % (2 * kMagnitudes.size());
+    const bool negative = index >= kMagnitudes.size();
+    levels[i] = static_cast<int16_t>(negative ? -kMagnitudes[index - kMagnitudes.size()] : kMagnitudes[index]);
   }
   return levels;
 }();

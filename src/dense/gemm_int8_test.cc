@@ -243,9 +243,9 @@ struct Extremes {
   GridShape shape;
   int groups;
   std::mt19937_64 random{7};
-  std::vector<int> levels;     // (kPanel, groups, kGroup)
-  std::vector<float> steps;    // (kPanel, groups)
-  std::vector<float> offsets;  // (kPanel, groups)
+  std::vector<int> levels = {};     // (kPanel, groups, kGroup)
+  std::vector<float> steps = {};    // (kPanel, groups)
+  std::vector<float> offsets = {};  // (kPanel, groups)
   HugeBuffer panel{Int8Panel{shape, groups* kGroup}.bytes()};
   HugeBuffer memory{Int8Rows::Bytes(kRows, groups* kGroup)};
   Int8Rows rows{memory.data(), kRows, groups* kGroup};
@@ -379,7 +379,9 @@ TEST_F(GemmInt8Test, KernelsWriteTheSameRowsAndPanels) {
         ASSERT_EQ(std::memcmp(a.codes, b.codes, sizeof(a.codes)), 0) << "row " << r << " group " << g;
         ASSERT_EQ(a.scale, b.scale);
         ASSERT_EQ(a.start, b.start);
-        if (g % 2 == 1) ASSERT_EQ(a.pair_sums, b.pair_sums);
+        if (g % 2 == 1) {
+          ASSERT_EQ(a.pair_sums, b.pair_sums);
+        }
       }
     }
   });

@@ -106,7 +106,7 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   kv::KvCache::Options kv_options;
   kv_options.cap_bytes = options.kv_bytes == 0 ? AvailableMemoryBytes() / 3 : options.kv_bytes;
   kv_options.prefix_cache = options.prefix_cache;
-  joint::ShapeStore(engine->options_.fusion, kv_options);
+  joint::ShapeStore(engine->options_.fusion, shape.layout, kv_options);
   ASSIGN_OR_RETURN(engine->cache_,
                    kv::KvCache::Create(std::move(shape),
                                        joint::CutterFor(engine->options_.fusion, std::move(ends_block)), kv_options));

@@ -177,8 +177,7 @@ void OverCodecs(const BlockLayout& layout, Kind kind, const std::byte* a, const 
     case Codec::kBf16: return OverTokens<Codec::kBf16, Op>(layout, kind, a, b, cap, out);
     case Codec::kF16: return OverTokens<Codec::kF16, Op>(layout, kind, a, b, cap, out);
     case Codec::kF32: return OverTokens<Codec::kF32, Op>(layout, kind, a, b, cap, out);
-    case Codec::kQ8:
-    case Codec::kQ4: HWY_ABORT("encoded block");
+    default: HWY_ABORT("encoded block");
   }
 }
 
@@ -218,8 +217,7 @@ void BlendAny(const BlockLayout& layout, const std::byte* a, float a_weight, con
     case Codec::kBf16: return BlendOf<Codec::kBf16>(a, a_weight, b, b_weight, elements / 2, out);
     case Codec::kF16: return BlendOf<Codec::kF16>(a, a_weight, b, b_weight, elements, out);
     case Codec::kF32: return BlendOf<Codec::kF32>(a, a_weight, b, b_weight, elements, out);
-    case Codec::kQ8:
-    case Codec::kQ4: HWY_ABORT("encoded block");
+    default: HWY_ABORT("encoded block");
   }
 }
 

@@ -1,6 +1,7 @@
 #include "joint/fusion.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,8 +15,10 @@
 namespace jointkv::joint {
 namespace {
 
-constexpr int kCandidatesMax = 8;   // representatives of one content that a block is tested against
-constexpr int kSimilarMax = 4;      // of other contents, the nearest by sketch
+constexpr int kCandidatesMax = 8;  // representatives of one content that a block is tested against
+constexpr int kSimilarMax = 4;     // of other contents, the nearest by sketch
+// sqrt of what quantising leaves of a difference (codec/quantised_kernels.h), by bits, less a little.
+constexpr std::array<double, 5> kLeft = {1, 0.58, 0.33, 0, 0.09};
 constexpr double kSketchSlack = 2;  // a squared distance is rarely estimated beyond this times itself
 
 Kind KindOf(int table) { return static_cast<Kind>(table % 2); }
@@ -42,8 +45,10 @@ kv::BlockCutter CutterFor(const FusionOptions& options, std::vector<uint8_t> end
                                            : kv::BlockCutter(std::move(ends_block));
 }
 
-void ShapeStore(const FusionOptions& options, kv::KvCache::Options& store) {
+void ShapeStore(const FusionOptions& options, const codec::BlockLayout& layout, kv::KvCache::Options& store) {
   store.absolute_keys = store.scales = options.policy == Policy::kCosine;
+  store.residuals = options.policy == Policy::kBounded && options.residuals && layout.codec == codec::Codec::kBf16 &&
+                    layout.head_dim % 8 == 0 && layout.head_dim <= codec::kQuantisedHeadDimMax;
 }
 
 kv::KvCache::Sharing Fusion::SharingOf(bool request_allows) const {
@@ -95,6 +100,7 @@ void Fusion::EncodeBounded(SequenceId sequence, kv::SealedRange range) {
   }
   for (int table = 0; table < n_tables; ++table) {
     for (size_t i = 0; i < n; ++i) Keep(sequence, table, sealed_[i], decisions_[table * n + i]);
+    for (size_t i = 0; i < n; ++i) KeepDifference(sequence, table, sealed_[i], decisions_[table * n + i]);
   }
   for (const Sealed& sealed : sealed_) {
     if (sealed.group.valid()) representatives_.Settle(sealed.group);
@@ -153,7 +159,7 @@ Fusion::Decision Fusion::Decide(SequenceId sequence, int table, const Sealed& se
   std::byte* data = cache_.data(own);
   if (fuses_ && inverse_energy_[table] > 0) {
     decision = Join(table, sealed.group, data, block, scratch);
-    if (decision.kind == Decision::Kind::kFuse) return decision;
+    if (decision.kind != Decision::Kind::kLeave) return decision;
   }
   decision.kind = Decision::Kind::kStay;
   decision.listed = fuses_;
@@ -227,25 +233,24 @@ Sketches::Shape Fusion::ShapeOf(GroupId group) const {
           static_cast<int>(representatives_.tokens(group).size())};
 }
 
-double Fusion::Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
-                       const Scratch& scratch, Decision& decision) const {
+Fusion::Candidate Fusion::Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
+                                  const Scratch& scratch, Decision& decision) const {
   const double limit = std::sqrt(static_cast<double>(options_.budget));
-  double distance = limit;
+  Candidate nearest = {BlockId(), std::numeric_limits<double>::infinity()};
   const auto test = [&](BlockId candidate) {
     const std::byte* values = Values(table, candidate, block.cap, scratch.candidate);
     const double d = Between(table, data, values, block.cap, block.tokens);
     // Written so that what is not a number never fits. An encoded block may be beyond the budget of its own original.
-    if (!(d <= distance) || representatives_[candidate].bound > limit * (1 + 1e-6)) return;
-    distance = d;
-    decision.target = candidate;
+    if (!(d < nearest.distance) || representatives_[candidate].bound > limit * (1 + 1e-6)) return;
+    nearest = {candidate, d};
   };
   int tried = 0;
   for (BlockId at = representatives_.first(group, table); at.valid() && tried < kCandidatesMax;
        at = representatives_[at].next, ++tried) {
     test(at);
   }
-  decision.equal_tokens = decision.target.valid();
-  if (options_.similarity && !decision.target.valid()) {
+  decision.equal_tokens = nearest.distance <= limit;
+  if (options_.similarity && !(nearest.distance <= limit)) {
     const Sketches::Shape shape = ShapeOf(group);
     decision.sketch = sketches_.Of(KindOf(table), data, shape);
     const double square = limit * limit * block.tokens / inverse_energy_[table];
@@ -254,21 +259,23 @@ double Fusion::Nearest(int table, GroupId group, const std::byte* data, const kv
       ++tried;
     }
   }
-  decision.rejected = tried > 0 && !decision.target.valid();
-  return distance;
+  decision.rejected = tried > 0 && !(nearest.distance <= limit);
+  return nearest;
 }
 
 // The nearest representative within the budget takes the block in, and moves towards it as far as the bound of its
 // worst member allows: a step s takes every old member at most s farther away (triangle inequality), and brings the new
 // one as much nearer.
-Fusion::Decision Fusion::Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
+Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const kv::LogicalBlock& block,
                               const Scratch& scratch) {
   const double limit = std::sqrt(static_cast<double>(options_.budget));
   const int cap = block.cap;
   const int tokens = block.tokens;
   Decision decision;
-  const double distance = Nearest(table, group, data, block, scratch, decision);
-  if (!decision.target.valid()) return decision;
+  const auto [nearest, distance] = Nearest(table, group, data, block, scratch, decision);
+  if (!nearest.valid()) return decision;
+  decision.target = nearest;
+  if (!(distance <= limit)) return Differ(table, distance, data, block, scratch, decision);
   decision.kind = Decision::Kind::kFuse;
 
   Representative& record = representatives_[decision.target];
@@ -299,6 +306,31 @@ Fusion::Decision Fusion::Join(int table, GroupId group, const std::byte* data, c
   return decision;
 }
 
+// Coarsest levels first. What they leave of a difference is known well enough to try only those that can do.
+Fusion::Decision Fusion::Differ(int table, double distance, std::byte* data, const kv::LogicalBlock& block,
+                                const Scratch& scratch, Decision decision) {
+  if (!cache_.residuals()) return decision;
+  const double limit = std::sqrt(static_cast<double>(options_.budget));
+  const codec::BlockLayout& layout = cache_.shape().layout;
+  const std::byte* from = Values(table, decision.target, block.cap, scratch.candidate);
+  for (const codec::Codec codec : kv::kResidualCodecs) {
+    if (BytesIn(codec, block.cap) >= BytesIn(CodecOf(table, block), block.cap)) break;
+    if (distance * kLeft[static_cast<size_t>(codec::LevelBits(codec))] > limit) continue;
+    codec::EncodeBlock(layout, KindOf(table), codec, data, block.cap, block.tokens, from, scratch.encoded, block.cap);
+    codec::DecodeBlock(layout, KindOf(table), codec, scratch.encoded, block.cap, from, scratch.blend, block.cap);
+    const double left = Between(table, data, scratch.blend, block.cap, block.tokens);
+    if (!(left <= limit)) continue;
+    std::memcpy(data, scratch.encoded, BytesIn(codec, block.cap));
+    Representative& record = representatives_[decision.target];
+    record.bound = std::max(record.bound, static_cast<float>(left));
+    decision.kind = Decision::Kind::kDiffer;
+    decision.codec = codec;
+    decision.bound = record.bound;
+    return decision;
+  }
+  return decision;
+}
+
 void Fusion::Redirect(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision) {
   if (decision.kind != Decision::Kind::kFuse) return;
   cache_.Redirect(sequence, table, sealed.index, decision.target);
@@ -321,10 +353,7 @@ void Fusion::Keep(SequenceId sequence, int table, const Sealed& sealed, const De
   BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
   if (cache_.Redirectable(sequence, table, sealed.index)) {  // else a block of this very call was fused with it
     const BlockId moved = cache_.MoveDown(sequence, table, sealed.index);
-    if (moved != own) {
-      representatives_.Rename(own, moved);
-      if (options_.similarity) sketches_.Rename(table, ShapeOf(sealed.group), own, moved);
-    }
+    if (moved != own) Rename(table, sealed, own, moved);
     own = moved;
   }
   cache_.Watch(own);
@@ -344,11 +373,39 @@ BlockId Fusion::MoveEncoded(SequenceId sequence, int table, const Sealed& sealed
     return own;
   }
   ++stats_.encoded;
-  if (decision.listed) {
-    representatives_.Rename(own, moved);
-    if (options_.similarity) sketches_.Rename(table, ShapeOf(sealed.group), own, moved);
-  }
+  if (decision.listed) Rename(table, sealed, own, moved);
   return moved;
+}
+
+// Also for the differences of this call that have not been moved yet.
+void Fusion::Rename(int table, const Sealed& sealed, BlockId from, BlockId to) {
+  representatives_.Rename(from, to);
+  if (options_.similarity) sketches_.Rename(table, ShapeOf(sealed.group), from, to);
+  const size_t n = sealed_.size();
+  for (Decision& decision : std::span(decisions_).subspan(table * n, n)) {
+    if (decision.kind == Decision::Kind::kDiffer && decision.target == from) decision.target = to;
+  }
+}
+
+// Without a place for it, a difference is added up again, and its block stays.
+void Fusion::KeepDifference(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision) {
+  if (decision.kind != Decision::Kind::kDiffer) return;
+  ++stats_.offered;
+  stats_.worst_nmse = std::max(stats_.worst_nmse, static_cast<double>(decision.bound) * decision.bound);
+  const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
+  std::byte* data = cache_.data(own);
+  if (cache_.Encode(sequence, table, sealed.index, decision.codec, data, decision.target).valid()) {
+    ++stats_.residuals;
+    return;
+  }
+  ++stats_.rejected;
+  ++stats_.unencoded;
+  const codec::BlockLayout& layout = cache_.shape().layout;
+  const int cap = cache_.blocks(sequence)[sealed.index].cap;
+  const size_t bytes = layout.block_bytes(cap);
+  const std::byte* from = Values(table, decision.target, cap, scratch_.data() + bytes);
+  codec::DecodeBlock(layout, KindOf(table), decision.codec, data, cap, from, scratch_.data(), cap);
+  std::memcpy(data, scratch_.data(), bytes);
 }
 
 FusionStats Fusion::stats() const {

@@ -21,7 +21,7 @@ namespace jointkv::joint {
 
 // What the store has to be like for a policy.
 kv::BlockCutter CutterFor(const FusionOptions& options, std::vector<uint8_t> ends_block);
-void ShapeStore(const FusionOptions& options, kv::KvCache::Options& store);
+void ShapeStore(const FusionOptions& options, const codec::BlockLayout& layout, kv::KvCache::Options& store);
 
 class Fusion {
  public:
@@ -58,13 +58,14 @@ class Fusion {
  private:
   // What becomes of one sealed physical block.
   struct Decision {
-    enum class Kind : uint8_t { kLeave, kStay, kFuse } kind = Kind::kLeave;
-    BlockId target;                // kFuse
+    enum class Kind : uint8_t { kLeave, kStay, kFuse, kDiffer } kind = Kind::kLeave;
+    BlockId target;                // kFuse; kDiffer: what from
     bool equal_tokens = false;     // kFuse
     Sketches::Sketch sketch = {};  // kStay, with `similarity`
     bool rejected = false;         // kStay: had candidates
     bool listed = false;           // kStay: stands for others from now on
-    // kStay: what its bytes are in. If that is not what the store allocated, it is still to be moved to such a place.
+    // kStay, kDiffer: what its bytes are in. If that is not what the store allocated, it is still to be moved to such a
+    // place.
     codec::Codec codec = codec::Codec::kBf16;
     float bound = 0;  // the member's (kFuse), or the block's own distance to what it was (kStay)
   };
@@ -86,13 +87,21 @@ class Fusion {
   // Fixes what all statistics have come to that are complete.
   void FixScales();
   Decision Decide(SequenceId sequence, int table, const Sealed& sealed, const Scratch& scratch);
-  Decision Join(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch);
+  Decision Join(int table, GroupId group, std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch);
+  // The block as what it differs by from decision.target, if that takes less room and is within the budget; else what
+  // it was given.
+  Decision Differ(int table, double distance, std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch,
+                  Decision decision);
   // What a block that stays is to be in.
   codec::Codec CodecOf(int table, const kv::LogicalBlock& block) const;
   BlockId MoveEncoded(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
-  // The representative that is nearest within the budget, and how far it is. Sets what else it learns in `decision`.
-  double Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch,
-                 Decision& decision) const;
+  struct Candidate {
+    BlockId block;
+    double distance = 0;
+  };
+  // The nearest representative, perhaps beyond the budget. Sets what else it learns in `decision`.
+  Candidate Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
+                    const Scratch& scratch, Decision& decision) const;
   // What a representative stands for: its block, or that decoded into `scratch`.
   const std::byte* Values(int table, BlockId representative, int cap, std::byte* scratch) const;
   void Encode(int table, codec::Codec to, const std::byte* block, int cap, int tokens, std::byte* out) const;
@@ -105,6 +114,8 @@ class Fusion {
   double Between(int table, const std::byte* a, const std::byte* b, int cap, int tokens) const;
   void Redirect(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
   void Keep(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
+  void KeepDifference(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision);
+  void Rename(int table, const Sealed& sealed, BlockId from, BlockId to);
 
   FusionOptions options_;
   kv::KvCache& cache_;

@@ -26,7 +26,9 @@ using codec::Kind;
 using kv::KvCache;
 
 constexpr int kOperations = 1'000'000;  // over all configurations
-constexpr int kConfigs = 10;
+constexpr int kConfigs = 12;
+// A slab serves one class at a time: fewer are all taken by what the forward pass writes.
+constexpr int kSlabsForDifferences = 80;
 constexpr int kSequencesMax = 10;
 constexpr int kTokensMax = 96;
 constexpr int kDomains = 2;
@@ -61,7 +63,7 @@ class Run {
     KvCache::Options options;
     options.cap_bytes = config.slabs * kv::kSlabGranules * config.layout.granule_bytes();
     options.prefix_cache = config.prefix_cache;
-    ShapeStore(config.options, options);
+    ShapeStore(config.options, config.layout, options);
     auto cache =
         KvCache::Create({config.layout, config.window, config.sealed}, CutterFor(config.options, {1}), options);
     CHECK(cache.ok());
@@ -347,15 +349,19 @@ class Run {
     EXPECT_LE(worst_, stats.worst_nmse * (1 + 1e-4));
     std::cout << config_.name << ": seed " << config_.seed << ", " << operation_ << " operations, " << adoptions_
               << " adoptions, " << failures_ << " failed appends, " << stats.fused << " of " << stats.offered
-              << " blocks fused, " << stats.rejected << " rejected, worst NMSE " << worst_ << " of " << Allowed()
-              << "\n";
+              << " blocks fused, " << stats.rejected << " rejected, " << stats.residuals << " differences, worst NMSE "
+              << worst_ << " of " << Allowed() << "\n";
     if (operation_ < 50'000) return;
-    EXPECT_GT(failures_, 0);
+    const bool roomy = config_.slabs >= kSlabsForDifferences;
+    EXPECT_EQ(failures_ > 0, !roomy);
     EXPECT_EQ(stats.fused > 0, config_.options.policy != Policy::kOff);
     EXPECT_EQ(stats.rejected > 0, config_.options.policy != Policy::kOff);
+    if (roomy) {
+      EXPECT_GT(stats.residuals, 1000);
+    }
     if (!config_.sealed.empty()) {
       EXPECT_GT(stats.encoded, 0);
-      EXPECT_GT(stats.unencoded, 0);
+      EXPECT_EQ(stats.unencoded > 0, !roomy);
       return;
     }
     EXPECT_EQ(worst_ > Allowed() / 2, config_.options.policy != Policy::kOff);
@@ -391,7 +397,15 @@ FusionOptions Bounded(float budget) {
   return options;
 }
 
-TEST(FusionOracle, FullAttention) { RunConfig({"full", {1, 8, Codec::kBf16}, {0, 0}, 10, true, Bounded(0.06F), 21}); }
+FusionOptions WithResiduals(float budget) {
+  FusionOptions options = Bounded(budget);
+  options.residuals = true;
+  return options;
+}
+
+TEST(FusionOracle, FullAttention) {
+  RunConfig({"full", {1, 8, Codec::kBf16}, {0, 0}, 10, true, WithResiduals(0.06F), 21});
+}
 TEST(FusionOracle, Windows) { RunConfig({"windows", {2, 4, Codec::kF16}, {0, 12, 40}, 14, true, Bounded(0.1F), 22}); }
 TEST(FusionOracle, NoPrefixCache) {
   RunConfig({"no prefix cache", {1, 8, Codec::kF32}, {0, 16}, 6, false, Bounded(0.04F), 23});
@@ -419,7 +433,21 @@ TEST(FusionOracle, CosineWindows) {
 }
 TEST(FusionOracle, Encoded) {
   const std::vector<Codec> sealed = {Codec::kQ8, Codec::kQ4, Codec::kQ4, Codec::kBf16};
-  RunConfig({"encoded", {2, 8, Codec::kBf16}, {0, 20}, 10, true, Bounded(0.1F), 29, sealed});
+  RunConfig({"encoded", {2, 8, Codec::kBf16}, {0, 20}, 10, true, WithResiduals(0.1F), 29, sealed});
+}
+TEST(FusionOracle, Differences) {
+  RunConfig({"differences", {1, 16, Codec::kBf16}, {0, 20}, kSlabsForDifferences, true, WithResiduals(0.03F), 31});
+}
+TEST(FusionOracle, DifferencesFromEncoded) {
+  const std::vector<Codec> sealed = {Codec::kQ8, Codec::kQ8, Codec::kQ4, Codec::kQ8};
+  RunConfig({"differences, encoded",
+             {2, 8, Codec::kBf16},
+             {0, 20},
+             kSlabsForDifferences,
+             true,
+             WithResiduals(0.03F),
+             32,
+             sealed});
 }
 TEST(FusionOracle, EncodedOnly) {
   FusionOptions off;

@@ -69,15 +69,17 @@ struct WorldOptions {
   bool prefix_cache = true;
   bool measured = true;  // the statistics are full
   Codec codec = Codec::kF32;
+  bool residuals = false;  // with bf16
 };
 
 class World {
  public:
   explicit World(const WorldOptions& options = {})
-      : layout_{1, 16, options.sealed.has_value() ? Codec::kBf16 : options.codec} {
+      : layout_{1, 16, options.sealed.has_value() || options.residuals ? Codec::kBf16 : options.codec} {
     KvCache::Options store;
     store.cap_bytes = static_cast<size_t>(options.slabs * kv::kSlabGranules) * layout_.granule_bytes();
     store.prefix_cache = options.prefix_cache;
+    store.residuals = options.residuals;
     kv::KvShape shape = {layout_, options.window};
     if (options.sealed.has_value()) shape.sealed.assign(shape.n_tables(), *options.sealed);
     auto cache = KvCache::Create(std::move(shape), kv::BlockCutter({1}), store);
@@ -827,6 +829,100 @@ TEST(Fusion, ABlockEncodedBeyondTheBudgetStandsForNobody) {
   const SequenceId b = world.Run(Prompt(1, kText), {nearest, 0});
   EXPECT_FALSE(world.Shared(a, b, kTextIndex));
   EXPECT_LE(world.fusion().stats().worst_nmse, budget * (1 + 1e-6));
+}
+
+// The fewest bits that do: 1 and 4 leave about 0.36 and 0.01 of the difference.
+TEST(Fusion, ABlockBeyondTheBudgetIsKeptAsADifference) {
+  for (const std::optional<Codec> sealed : {std::optional<Codec>(), std::optional(Codec::kQ8)}) {
+    World world({.sealed = sealed, .residuals = true});
+    const SequenceId a = world.Run(Prompt(0, kText), {});
+    const BlockId of = world.Block(a, kTextIndex);
+    int who = 1;
+    for (const auto& [place, codec] : {std::pair{0.25, Codec::kQ1}, {1.0, Codec::kQ4}}) {
+      const SequenceId b = world.Run(Prompt(who++, kText), {place, 0});
+      const BlockId difference = world.Block(b, kTextIndex);
+      ASSERT_EQ(world->base(difference), of) << place;
+      EXPECT_EQ(world->codec(difference), codec);
+      EXPECT_LE(world.Nmse(b, kTextIndex, 0), kBudget);
+      EXPECT_EQ(world->state(b, 0, kTextIndex), kv::SlotState::kFused);
+      EXPECT_FALSE(world->base(world.Block(b, kTextIndex, 1)).valid()) << "values are where the others' are";
+    }
+    EXPECT_EQ(world.fusion().stats().residuals, 2);
+    EXPECT_LE(world.fusion().stats().worst_nmse, kBudget * (1 + 1e-6));
+    const SequenceId far = world.Run(Prompt(who, kText), {3, 0});
+    EXPECT_FALSE(world->base(world.Block(far, kTextIndex)).valid()) << "not even four bits do";
+    EXPECT_LT(world.Nmse(far, kTextIndex, 0), 1e-3);
+  }
+}
+
+TEST(Fusion, WhatDiffersFromARepresentativeStaysWithinTheBudgetWhileItMoves) {
+  World world({.slabs = 200, .residuals = true});
+  std::mt19937 random(6);
+  std::uniform_real_distribution<double> place(-0.5, 0.5);
+  std::vector<SequenceId> all;
+  for (int i = 0; i < 60; ++i) {
+    all.push_back(world.Run(Prompt(i, kText), {place(random), place(random)}));
+    for (const SequenceId id : all) {
+      for (int table = 0; table < 2; ++table) ASSERT_LE(world.Nmse(id, kTextIndex, table), kBudget * 1.01);
+    }
+  }
+  EXPECT_GT(world.fusion().stats().residuals, 20);
+  EXPECT_GT(world.fusion().stats().fused, 20);
+  for (const SequenceId id : all) world.Free(id);
+  world.ExpectEmpty();
+}
+
+// A representative lives as long as a difference from it, running or idle.
+TEST(Fusion, ADifferenceHoldsWhatItIsFrom) {
+  World world({.residuals = true});
+  const SequenceId a = world.Run(Prompt(0, kText), {});
+  const Tokens tokens = Prompt(1, kText) + Tokens{1, 2, 3};
+  const SequenceId b = world.Run(tokens, {0.5, 0.5});
+  const BlockId of = world.Block(a, kTextIndex);
+  ASSERT_EQ(world->base(world.Block(b, kTextIndex)), of);
+  EXPECT_EQ(world->readers(of), 2);
+  world.Free(a);
+  EXPECT_EQ(world->readers(of), 1);
+  EXPECT_LE(world.Nmse(b, kTextIndex, 0), kBudget);
+  const SequenceId fork = world.Fork(b);
+  const SequenceId adopter = world.Create(kA, {0.5, 0.5});
+  ASSERT_GT(world->AdoptPrefix(adopter, tokens), 0);
+  EXPECT_EQ(world->readers(of), 1) << "of one difference, that three read";
+  for (const SequenceId id : {b, fork}) world.Free(id);
+  EXPECT_LE(world.Nmse(adopter, kTextIndex, 0), kBudget);
+  world.Free(adopter);
+  EXPECT_EQ(world->running_bytes(), 0U);
+  EXPECT_EQ(world->readers(of), 0);
+  EXPECT_GT(world->sharers(of), 0);
+  const SequenceId again = world.Create(kA, {0.5, 0.5});
+  ASSERT_GT(world->AdoptPrefix(again, tokens), 0);
+  EXPECT_EQ(world->readers(of), 1);
+  EXPECT_LE(world.Nmse(again, kTextIndex, 1), kBudget);
+  world.Free(again);
+  world.ExpectEmpty();
+}
+
+TEST(Fusion, AnExactSequenceIsNeverADifference) {
+  World world({.residuals = true});
+  world.Run(Prompt(0, kText), {});
+  const SequenceId exact = world.Run(Prompt(1, kText), {0.5, 0.5}, kA, false);
+  const SequenceId elsewhere = world.Run(Prompt(2, kText), {0.5, 0.5}, kB);
+  for (const SequenceId id : {exact, elsewhere}) EXPECT_FALSE(world->base(world.Block(id, kTextIndex)).valid());
+  EXPECT_EQ(world.fusion().stats().residuals, 0);
+}
+
+// A full store: the block stays where it is, with the values that its difference left.
+TEST(Fusion, WithoutRoomForADifferenceTheBlockStays) {
+  World world({.slabs = 10, .prefix_cache = false, .residuals = true});
+  std::vector<SequenceId> all;
+  while (true) {
+    const SequenceId id = world.Create(kA, {all.empty() ? 0 : 0.5, 0});
+    if (!world.Append(id, Prompt(static_cast<int>(all.size()), kText))) break;
+    all.push_back(id);
+  }
+  for (const SequenceId id : all) world.Commit(id);
+  EXPECT_GT(world.fusion().stats().unencoded, 0);
+  for (const SequenceId id : all) EXPECT_LE(world.Nmse(id, kTextIndex, 0), kBudget);
 }
 
 // The first traffic may be one token over and over: then its vectors have no energy, and nothing is near anything.

@@ -23,6 +23,7 @@ struct FusionOptions {
   // bounded
   float budget = 0.05F;     // tau: largest NMSE of any member against its representative
   bool similarity = false;  // candidates also among blocks with other tokens
+  bool residuals = false;   // blocks beyond the budget may be kept as what they differ by from a representative
 
   // cosine
   float threshold = 0.7F;       // least cosine of two key blocks
@@ -35,7 +36,8 @@ struct FusionStats {
   int64_t offered = 0;             // physical blocks sealed under a policy
   int64_t fused = 0;               // of those, how many gave their bytes up for a representative's
   int64_t fused_equal_tokens = 0;  // of those, whose tokens are the representative's
-  int64_t rejected = 0;            // had a candidate, but none within the bound
+  int64_t residuals = 0;           // kept as what they differ by from a representative
+  int64_t rejected = 0;            // had a candidate, but neither of these came of it
   double worst_nmse = 0;           // largest proven NMSE that any member may have had against its representative
   int64_t encoded = 0;             // blocks that stayed and were encoded
   int64_t unencoded = 0;           // that stayed, and should have been, but there was no room to do it

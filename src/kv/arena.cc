@@ -23,7 +23,7 @@ Expected<std::unique_ptr<Arena>> Arena::Create(size_t cap_bytes, size_t slab_byt
   }
   if (n_slabs > static_cast<size_t>(INT32_MAX) / kSlotsMax) {
     return Status(StatusCode::kOutOfRange,
-                  "kv-bytes " + FormatBytes(cap_bytes) + ": more than 2^23 slabs of " + FormatBytes(slab_bytes));
+                  "kv-bytes " + FormatBytes(cap_bytes) + ": more than 2^21 slabs of " + FormatBytes(slab_bytes));
   }
   const size_t mapped = n_slabs * slab_bytes;
   void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

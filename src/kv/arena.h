@@ -67,7 +67,7 @@ class Arena {
   void CheckIntegrity() const;
 
  private:
-  static constexpr int kSlotBits = 8;
+  static constexpr int kSlotBits = 10;
   static constexpr int kSlotsMax = 1 << kSlotBits;  // of a slab; a class of very small blocks leaves the rest unused
 
   struct Slab {

@@ -83,16 +83,16 @@ TEST(Arena, EachClassFillsTheArena) {
   }
 }
 
-// A slab has 256 places at most, also where more blocks would fit.
+// A slab has 1,024 places at most, also where more blocks would fit.
 TEST(Arena, VerySmallBlocksFillTheirPlaces) {
   constexpr size_t kSmall[] = {64, 4096};
-  auto arena = Arena::Create(2 * 64 * 1000, 64 * 1000, kSmall);
+  auto arena = Arena::Create(2 * 64 * 2000, 64 * 2000, kSmall);
   ASSERT_TRUE(arena.ok());
   std::set<std::byte*> places;
   for (BlockId block = (*arena)->Allocate(0); block.valid(); block = (*arena)->Allocate(0)) {
     places.insert((*arena)->data(block));
   }
-  EXPECT_EQ(places.size(), 2u * 256);
+  EXPECT_EQ(places.size(), 2u * 1024);
   (*arena)->CheckIntegrity();
 }
 

@@ -31,6 +31,12 @@ Expected<std::unique_ptr<KvCache>> KvCache::Create(KvShape shape, BlockCutter cu
       if (std::ranges::find(codecs, codec) == codecs.end()) codecs.push_back(codec);
     }
   }
+  if (options.residuals) {
+    CHECK(shape.layout.codec == codec::Codec::kBf16 && shape.layout.head_dim % 8 == 0 && !options.scales);
+    for (const codec::Codec codec : kResidualCodecs) {
+      if (std::ranges::find(codecs, codec) == codecs.end()) codecs.push_back(codec);
+    }
+  }
   std::vector<size_t> class_bytes;
   for (const codec::Codec codec : codecs) {
     codec::BlockLayout layout = shape.layout;
@@ -41,7 +47,7 @@ Expected<std::unique_ptr<KvCache>> KvCache::Create(KvShape shape, BlockCutter cu
                    Arena::Create(options.cap_bytes, shape.layout.granule_bytes() * kSlabGranules, class_bytes));
   std::unique_ptr<KvCache> cache(
       new KvCache(std::move(shape), std::move(cutter), options, std::move(codecs), std::move(arena)));
-  if (!cache->refs_.valid() || !cache->index_refs_.valid() || !cache->marks_.valid()) {
+  if (!cache->refs_.valid() || !cache->index_refs_.valid() || !cache->bases_.valid() || !cache->marks_.valid()) {
     return Status(StatusCode::kResourceExhausted, "kv-bytes: no memory for the reference counts");
   }
   return cache;
@@ -57,6 +63,7 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector
       arena_(std::move(arena)),
       refs_(arena_->total_ids()),
       index_refs_(arena_->total_ids()),
+      bases_(arena_->total_ids()),
       marks_(arena_->total_ids()),
       index_(RandomKey()),
       widest_window_(std::ranges::max(shape_.window)) {
@@ -130,25 +137,64 @@ SequenceId KvCache::Create(DomainId domain, int max_tokens, Sharing sharing) {
   return SequenceId(index);
 }
 
-// running_bytes counts blocks that some table refers to: those with more references than the index alone holds.
 void KvCache::Ref(BlockId block) {
   CHECK(block.valid());
+  if (Idle(block)) Wake(block);
   ++refs_[block.index()];
 }
 
 void KvCache::Unref(BlockId block) {
-  CHECK(refs_[block.index()] > 0);
-  if (--refs_[block.index()] > 0) return;
+  CHECK(!Idle(block));
+  --refs_[block.index()];
+  if (!Idle(block)) return;
+  Sleep(block);
+  if (refs_[block.index()] == 0) Release(block);
+}
+
+void KvCache::RefFromIndex(BlockId block) {
+  CHECK(block.valid());
+  ++refs_[block.index()];
+  ++index_refs_[block.index()];
+}
+
+void KvCache::UnrefFromIndex(BlockId block) {
+  CHECK(index_refs_[block.index()] > 0);
+  --refs_[block.index()];
+  --index_refs_[block.index()];
+  if (refs_[block.index()] == 0) Release(block);
+}
+
+// A block runs while a table slot refers to it, or a running block that is a difference from it. The difference's one
+// reference counts among the index entries' while it is idle.
+void KvCache::Wake(BlockId block) {
+  running_bytes_ += block_bytes(block);
+  const BlockId of = base(block);
+  if (!of.valid()) return;
+  if (Idle(of)) Wake(of);
+  --index_refs_[of.index()];
+}
+
+void KvCache::Sleep(BlockId block) {
+  running_bytes_ -= block_bytes(block);
+  const BlockId of = base(block);
+  if (!of.valid()) return;
+  ++index_refs_[of.index()];
+  if (Idle(of)) Sleep(of);
+}
+
+void KvCache::Release(BlockId block) {
+  const BlockId of = base(block);
   arena_->Free(block);
   if (watched(block)) released_.push_back(block);
   marks_[block.index()] = 0;
+  bases_[block.index()] = 0;
+  if (of.valid()) UnrefFromIndex(of);
 }
 
 void KvCache::ReleaseRow(Sequence& s, int index) {
   for (int table = 0; table < shape_.n_tables(); ++table) {
     BlockId& block = Row(s, table)[index];
     if (!block.valid()) continue;
-    if (refs_[block.index()] - index_refs_[block.index()] == 1) running_bytes_ -= block_bytes(block);
     Unref(block);
     block = BlockId();
   }
@@ -225,7 +271,6 @@ int KvCache::AdoptPrefix(SequenceId id, std::span<const TokenId> tokens, bool ad
         if (block.valid()) QueueForStrip(chain[i]);
         continue;
       }
-      if (refs_[block.index()] == index_refs_[block.index()]) running_bytes_ += block_bytes(block);
       Ref(block);
       Row(s, table)[i] = block;
       if (options_.scales) ScaleRow(s, table)[i] = entry.scales[table];
@@ -276,12 +321,11 @@ bool KvCache::StripOne() {
     for (int table = 0; table < shape_.n_tables() && entry.users > 0; ++table) {
       BlockId& block = entry.blocks[table];
       if (shape_.window[table / 2] == 0 || !block.valid()) continue;
-      if (refs_[block.index()] != index_refs_[block.index()]) {
+      if (!Idle(block)) {
         waits = true;
         continue;
       }
-      --index_refs_[block.index()];
-      Unref(block);
+      UnrefFromIndex(block);
       block = BlockId();
       entry.stripped = freed = true;
     }
@@ -297,9 +341,7 @@ bool KvCache::EvictOne() {
   if (!id.valid()) return false;
   const PrefixEntry& entry = index_[id];
   for (const BlockId block : entry.blocks) {
-    if (!block.valid()) continue;
-    --index_refs_[block.index()];
-    Unref(block);
+    if (block.valid()) UnrefFromIndex(block);
   }
   index_.Remove(id);
   ++evicted_blocks_;
@@ -322,7 +364,6 @@ void KvCache::PushBlock(Sequence& s, int start, int cap) {
     Row(s, table)[index] = block;
     if (options_.scales) ScaleRow(s, table)[index] = 1;
   }
-  running_bytes_ += shape_.n_tables() * shape_.layout.block_bytes(cap);
 }
 
 // Gives the open block tables of its own, of class `cap`: those that a fork shares are copied, and all are when the
@@ -339,8 +380,6 @@ void KvCache::MakeOpenPrivate(Sequence& s, int cap) {
     CHECK(copy.valid());
     codec::CopyBlock(shape_.layout, static_cast<Kind>(table % 2), arena_->data(id), block.cap, arena_->data(copy), cap,
                      block.tokens);
-    if (own) running_bytes_ -= shape_.layout.block_bytes(block.cap);
-    running_bytes_ += shape_.layout.block_bytes(cap);
     Ref(copy);
     Unref(id);
     id = copy;
@@ -445,7 +484,6 @@ void KvCache::MoveToClass(Sequence& s, int index) {
     Unref(id);
     id = target;
   }
-  running_bytes_ -= shape_.n_tables() * (shape_.layout.block_bytes(block.cap) - shape_.layout.block_bytes(cap));
   block.cap = static_cast<uint8_t>(cap);
 }
 
@@ -465,8 +503,7 @@ void KvCache::Publish(Sequence& s, int index) {
   for (int table = 0; table < shape_.n_tables(); ++table) {
     const BlockId id = Row(s, table)[index];
     publish_scratch_.push_back(id);
-    Ref(id);
-    ++index_refs_[id.index()];
+    RefFromIndex(id);
   }
   scale_scratch_.assign(options_.scales ? shape_.n_tables() : 0, 1.0F);
   s.chain.push_back(index_.Insert(s.root(), parent, tokens, publish_scratch_, scale_scratch_, block.cap));
@@ -482,15 +519,12 @@ void KvCache::TakeKnown(Sequence& s, int index, EntryId entry) {
     BlockId& own = Row(s, table)[index];
     BlockId& theirs = known.blocks[table];
     if (!theirs.valid()) {
-      Ref(own);
-      ++index_refs_[own.index()];
+      RefFromIndex(own);
       theirs = own;
       if (options_.scales) known.scales[table] = ScaleRow(s, table)[index];
       continue;
     }
-    running_bytes_ -= block_bytes(own);
     Unref(own);
-    if (refs_[theirs.index()] == index_refs_[theirs.index()]) running_bytes_ += block_bytes(theirs);
     Ref(theirs);
     own = theirs;
     if (options_.scales) ScaleRow(s, table)[index] = known.scales[table];
@@ -512,7 +546,6 @@ void KvCache::ReleaseWindow(Sequence& s) {
       for (const Kind kind : {Kind::kK, Kind::kV}) {
         BlockId& block = Row(s, TableIndex(layer, kind))[released];
         if (!block.valid()) continue;
-        if (refs_[block.index()] - index_refs_[block.index()] == 1) running_bytes_ -= block_bytes(block);
         Unref(block);
         block = BlockId();
       }
@@ -576,14 +609,11 @@ void KvCache::RedirectOwned(SequenceId id, int table, int index, BlockId target,
   const BlockId own = Row(s, table)[index];
   CHECK(own != target);
   marks_[target.index()] |= kRepresents;
-  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += block_bytes(target);
   if (index < static_cast<int>(s.chain.size())) {
     PrefixEntry& entry = index_[s.chain[index]];
     CHECK(entry.blocks[table] == own);
-    Ref(target);
-    ++index_refs_[target.index()];
-    --index_refs_[own.index()];
-    Unref(own);
+    RefFromIndex(target);
+    UnrefFromIndex(own);
     entry.blocks[table] = target;
     if (options_.scales) entry.scales[table] = scale;
   }
@@ -592,7 +622,6 @@ void KvCache::RedirectOwned(SequenceId id, int table, int index, BlockId target,
       continue;
     }
     Ref(target);
-    if (refs_[own.index()] == 1) running_bytes_ -= block_bytes(own);
     Unref(own);
     Row(*other, table)[index] = target;
     if (options_.scales) ScaleRow(*other, table)[index] = scale;
@@ -615,15 +644,11 @@ bool KvCache::RedirectAll(int table, BlockId from, BlockId target, float scale) 
   entries.erase(std::unique(entries.begin(), entries.end()), entries.end());
   if (refs_[from.index()] != slots + static_cast<int>(entries.size()) || slots == 0) return false;
   marks_[target.index()] |= kRepresents;
-  if (refs_[target.index()] == index_refs_[target.index()]) running_bytes_ += block_bytes(target);
-  running_bytes_ -= block_bytes(from);
   for (const EntryId id : entries) {
     index_[id].blocks[table] = target;
     if (options_.scales) index_[id].scales[table] *= scale;
-    Ref(target);
-    ++index_refs_[target.index()];
-    --index_refs_[from.index()];
-    Unref(from);
+    RefFromIndex(target);
+    UnrefFromIndex(from);
   }
   for (const auto& s : sequences_) {
     for (size_t i = 0; s != nullptr && i < s->blocks.size() && slots > 0; ++i) {
@@ -646,7 +671,6 @@ BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
   const BlockId target = arena_->Allocate(arena_->class_of(own));
   std::memcpy(arena_->data(target), arena_->data(own), block_bytes(own));
   Ref(target);
-  running_bytes_ += block_bytes(target);
   const uint8_t represents = marks_[own.index()] & kRepresents;
   Redirect(id, table, index, target, options_.scales ? ScaleRow(s, table)[index] : 1);
   marks_[target.index()] = represents;
@@ -654,7 +678,7 @@ BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
   return target;
 }
 
-BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, const std::byte* encoded) {
+BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, const std::byte* encoded, BlockId base) {
   Sequence& s = Get(id);
   const BlockId own = Row(s, table)[index];
   CHECK(s.blocks[index].sealed && own.valid() && codec(own) == shape_.layout.codec && !options_.scales);
@@ -664,8 +688,13 @@ BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, co
   const BlockId target = arena_->Allocate(offset + ClassOf(s.blocks[index].cap));
   if (!target.valid()) return target;
   std::memcpy(arena_->data(target), encoded, block_bytes(target));
+  if (base.valid()) {
+    CHECK(base != own && refs_[base.index()] > 0 && bases_[base.index()] == 0);
+    bases_[target.index()] = base.value + 1;
+    marks_[base.index()] |= kRepresents;
+    RefFromIndex(base);
+  }
   Ref(target);
-  running_bytes_ += block_bytes(target);
   const uint8_t represents = marks_[own.index()] & kRepresents;
   bool done = true;
   if (Owned(id, table, index)) {
@@ -674,7 +703,6 @@ BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, co
     done = RedirectAll(table, own, target, 1);
   }
   marks_[target.index()] = represents;
-  if (!done) running_bytes_ -= block_bytes(target);
   Unref(target);
   return done ? target : BlockId();
 }
@@ -752,7 +780,7 @@ KvStats KvCache::stats() const {
                             s->tokens.capacity() * sizeof(TokenId) + s->chain.capacity() * sizeof(EntryId) +
                             s->released.capacity() * sizeof(int);
   }
-  stats.metadata_bytes += arena_->used_blocks() * (2 * sizeof(int32_t) + sizeof(uint8_t));
+  stats.metadata_bytes += arena_->used_blocks() * (3 * sizeof(int32_t) + sizeof(uint8_t));
   for (const auto& mean : key_means_) stats.metadata_bytes += mean.size();
   stats.logical_bytes = logical_tokens_ * shape_.logical_token_bytes();
   stats.prefix_hit_tokens = prefix_hit_tokens_;

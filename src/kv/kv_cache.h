@@ -45,6 +45,9 @@ struct KvShape {
   }
 };
 
+// What a block that is a difference from another one may be in, coarsest first.
+inline constexpr std::array kResidualCodecs = {codec::Codec::kQ1, codec::Codec::kQ2, codec::Codec::kQ4};
+
 constexpr int TableIndex(int layer, Kind kind) { return 2 * layer + static_cast<int>(kind); }
 
 // One row of every block table of a sequence.
@@ -82,7 +85,7 @@ enum class SlotState : uint8_t {
   kReleased,  // nothing: the block has left the layer's window
   kPrivate,   // a block that no other sequence reads
   kPrefix,    // a block that holds exactly this content, read by others too or adopted from the prefix index
-  kFused,     // a block that stands for others as well: something was redirected to it
+  kFused,     // a block that stands for others as well, or the difference from one: something was redirected to it
 };
 
 // How the running sequences share blocks.
@@ -96,7 +99,7 @@ struct SharingStats {
   double prefix_slots = 0;
   double fused_slots = 0;
   double unfused_bytes = 0;                 // what the running sequences would refer to, had no block been fused
-  double bytes_in_16_bit = 0;               // the blocks that they do refer to, were they all of 16 bit
+  double bytes_in_16_bit = 0;               // the blocks that they do refer to, had each codec 16 bit
   std::map<DomainId, double> domain_bytes;  // and as they are
 };
 
@@ -107,6 +110,7 @@ class KvCache {
     bool prefix_cache = true;
     bool absolute_keys = false;  // keys rotated by their position instead of their offset in the block
     bool scales = false;         // every table slot carries a factor for its block's values
+    bool residuals = false;      // sealed blocks may be kept as their difference from another one (bf16 layout only)
   };
 
   static Expected<std::unique_ptr<KvCache>> Create(KvShape shape, BlockCutter cutter, Options options);
@@ -151,10 +155,12 @@ class KvCache {
   // Returns where it lies now.
   BlockId MoveDown(SequenceId sequence, int table, int index);
   // Lets all that refers to the sealed block of this slot refer to a block of `to` (a quantised codec) instead, with
-  // the same tokens in the same class, and frees it. `encoded`: what the new block holds. Returns the new block;
-  // invalid, and nothing changed, when there is no room for it, or an entry that no running sequence uses refers to the
-  // old one.
-  BlockId Encode(SequenceId sequence, int table, int index, codec::Codec to, const std::byte* encoded);
+  // the same tokens in the same class, and frees it. `encoded`: what the new block holds. With a `base` (same tokens
+  // count, class and domain, itself without one; Options::residuals), the new block is a difference from it and owns a
+  // reference to it. Returns the new block; invalid, and nothing changed, when there is no room for it, or an entry
+  // that no running sequence uses refers to the old one.
+  BlockId Encode(SequenceId sequence, int table, int index, codec::Codec to, const std::byte* encoded,
+                 BlockId base = BlockId());
   // After the last owner of a watched block is gone, its id is in TakeReleased once, and may be in use again already.
   void Watch(BlockId block);
   void Unwatch(BlockId block) { marks_[block.index()] &= ~kWatched; }
@@ -174,8 +180,11 @@ class KvCache {
   std::byte* data(BlockId block) const { return arena_->data(block); }
   size_t block_bytes(BlockId block) const { return arena_->block_bytes(block); }
   codec::Codec codec(BlockId block) const { return codecs_[arena_->class_of(block) / codec::kClasses]; }
-  // What the encoded keys of a layer are relative to (codec/quantised.h); null: nothing. Set once, before any is
-  // encoded: `mean` is a block of kBlockTokensMax tokens.
+  // What a block is the difference from; invalid: it stands alone.
+  BlockId base(BlockId block) const { return BlockId(bases_[block.index()] - 1); }
+  bool residuals() const { return options_.residuals; }
+  // What the encoded keys of a layer are relative to, those that stand alone (codec/quantised.h); null: nothing. Set
+  // once, before any is encoded: `mean` is a block of kBlockTokensMax tokens.
   const std::byte* key_mean(int layer) const { return key_means_[layer].empty() ? nullptr : key_means_[layer].data(); }
   void SetKeyMean(int layer, std::vector<std::byte> mean);
   // The slots' factors by logical index; null: all 1.
@@ -187,7 +196,8 @@ class KvCache {
   int64_t serial(SequenceId sequence) const;  // of its creation: never used again
   int length(SequenceId sequence) const { return static_cast<int>(tokens(sequence).size()); }
   int sharers(BlockId block) const { return refs_[block.index()]; }
-  int readers(BlockId block) const { return refs_[block.index()] - index_refs_[block.index()]; }  // table slots
+  // Table slots that refer to it, and differences from it that such slots refer to.
+  int readers(BlockId block) const { return refs_[block.index()] - index_refs_[block.index()]; }
   SlotState state(SequenceId sequence, int table, int index) const;
   // Walks the tables of all sequences: exact where they have at most `slots_max` slots, else from every n-th table.
   SharingStats sharing_stats(int64_t slots_max) const;
@@ -216,8 +226,15 @@ class KvCache {
   void PushBlock(Sequence& s, int start, int cap);
   int BaseOf(int start) const { return options_.absolute_keys ? 0 : start; }
   float* ScaleRow(Sequence& s, int table) const;
+  // References of table slots, and of index entries.
   void Ref(BlockId block);
   void Unref(BlockId block);
+  void RefFromIndex(BlockId block);
+  void UnrefFromIndex(BlockId block);
+  bool Idle(BlockId block) const { return refs_[block.index()] == index_refs_[block.index()]; }
+  void Wake(BlockId block);
+  void Sleep(BlockId block);
+  void Release(BlockId block);
   // The class of unencoded blocks of `cap` tokens; encoded ones follow, codec by codec.
   static int ClassOf(int cap) { return cap / codec::kClassStep - 1; }
   bool CanAllocate(std::span<const int> needed) const;
@@ -234,6 +251,7 @@ class KvCache {
   void QueueForStrip(EntryId id);
   void ReleaseWindow(Sequence& s);
   int FirstVisible(int layer, int next_position) const;
+  double SealedBytes(int table, int cap) const;
   void Count(Recount& recount, BlockId block, int cap, DomainId domain, bool from_index) const;
   void CheckSequence(const Sequence& s, Recount& recount) const;
 
@@ -244,8 +262,9 @@ class KvCache {
   std::vector<std::vector<std::byte>> key_means_;  // by layer
   int spare_slabs_ = 0;                            // kept for encoded blocks, so that a full store can still shrink
   std::unique_ptr<Arena> arena_;
-  LazyArray<int32_t> refs_;        // by BlockId; owners: tables and index entries
-  LazyArray<int32_t> index_refs_;  // of those, how many are index entries
+  LazyArray<int32_t> refs_;        // by BlockId; owners: table slots, index entries, differences from it
+  LazyArray<int32_t> index_refs_;  // of those, how many are index entries or differences that are idle
+  LazyArray<int32_t> bases_;       // by BlockId; the base's id + 1, 0: none
   // By BlockId. kRepresents: a slot or entry was redirected to it.
   static constexpr uint8_t kWatched = 1;
   static constexpr uint8_t kRepresents = 2;

@@ -65,7 +65,17 @@ void KvCache::CheckSequence(const Sequence& s, Recount& recount) const {
 void KvCache::CheckIntegrity() const {
   arena_->CheckIntegrity();
   index_.CheckIntegrity();
-  Recount recount(arena_->total_ids());
+  // Ids beyond what anybody names have nothing to count; were a block in use there, used bytes would not add up.
+  int ids = 0;
+  const auto see = [&](BlockId block) {
+    if (block.valid()) ids = std::max({ids, block.value + 1, base(block).value + 1});
+  };
+  index_.ForEach([&](EntryId, const PrefixEntry& entry) { std::ranges::for_each(entry.blocks, see); });
+  for (const auto& s : sequences_) {
+    for (int table = 0; s != nullptr && table < shape_.n_tables(); ++table)
+      std::for_each_n(Row(*s, table), s->blocks.size(), see);
+  }
+  Recount recount(ids);
   size_t queued = 0;
   index_.ForEach([&](EntryId, const PrefixEntry& entry) {
     CHECK(static_cast<int>(entry.blocks.size()) == shape_.n_tables());
@@ -93,9 +103,18 @@ void KvCache::CheckIntegrity() const {
     for (const EntryId entry : sequence->chain) ++users[entry.index()];
   }
   index_.ForEach([&](EntryId id, const PrefixEntry& entry) { CHECK(entry.users == users[id.index()]); });
-  for (int i = 0; i < arena_->total_ids(); ++i) {
+  for (int i = 0; i < ids; ++i) {
+    if (bases_[i] == 0) continue;
+    // A difference from another block holds one reference to it, of its own state.
+    const BlockId block(i);
+    const BlockId of = base(block);
+    CHECK(recount.refs[i] > 0 && bases_[of.index()] == 0);
+    const bool idle = recount.refs[i] == recount.index_refs[i];
+    Count(recount, of, recount.caps[i], recount.domains[i], idle);
+  }
+  for (int i = 0; i < ids; ++i) {
     CHECK(recount.refs[i] == refs_[i] && recount.index_refs[i] == index_refs_[i]);
-    CHECK(refs_[i] > 0 || marks_[i] == 0);
+    CHECK(refs_[i] > 0 || (marks_[i] == 0 && bases_[i] == 0));
   }
   CHECK(recount.used == arena_->used_bytes() && recount.running == running_bytes_ && tokens == logical_tokens_);
 }

@@ -17,8 +17,14 @@ SlotState KvCache::state(SequenceId id, int table, int index) const {
   Sequence& s = Get(id);
   const BlockId block = Row(s, table)[index];
   if (!block.valid()) return SlotState::kReleased;
-  if ((marks_[block.index()] & kRepresents) != 0) return SlotState::kFused;
+  if ((marks_[block.index()] & kRepresents) != 0 || base(block).valid()) return SlotState::kFused;
   return readers(block) > 1 || index < s.adopted ? SlotState::kPrefix : SlotState::kPrivate;
+}
+
+double KvCache::SealedBytes(int table, int cap) const {
+  codec::BlockLayout layout = shape_.layout;
+  layout.codec = shape_.sealed_codec(table);
+  return static_cast<double>(layout.block_bytes(cap));
 }
 
 SharingStats KvCache::sharing_stats(int64_t slots_max) const {
@@ -37,20 +43,27 @@ SharingStats KvCache::sharing_stats(int64_t slots_max) const {
       for (size_t i = 0; i < s.blocks.size(); ++i) {
         const SlotState slot = state(SequenceId(static_cast<int32_t>(id)), table, static_cast<int>(i));
         if (slot == SlotState::kReleased) continue;
-        // A block of n readers is met n times.
-        const int n = readers(Row(s, table)[i]);
-        const double share = weight / n;
-        const double bytes = static_cast<double>(block_bytes(Row(s, table)[i]));
-        sharing.blocks[SharingStats::ReaderClass(n)] += share;
-        domain_bytes += share * bytes;
-        const int elements = s.blocks[i].cap * shape_.layout.n_kv_heads * shape_.layout.head_dim;
-        sharing.bytes_in_16_bit += share * static_cast<double>(elements) * 2;
+        const BlockId block = Row(s, table)[i];
+        const BlockId of = base(block);
+        const double bytes_16_bit = 2.0 * s.blocks[i].cap * shape_.layout.n_kv_heads * shape_.layout.head_dim;
+        // What it would take by itself; a difference counts as the share of such a block that it takes.
+        const double alone = of.valid() ? SealedBytes(table, s.blocks[i].cap) : block_bytes(block);
+        // A block of n readers is met n times, some of these through a difference from it.
+        const double share = weight / readers(block);
+        const auto meet = [&](BlockId met, double met_share, double met_alone) {
+          const auto bytes = static_cast<double>(block_bytes(met));
+          sharing.blocks[SharingStats::ReaderClass(readers(met))] += met_share;
+          domain_bytes += met_share * bytes;
+          sharing.bytes_in_16_bit += met_share * bytes_16_bit * bytes / met_alone;
+        };
+        meet(block, share, alone);
+        if (of.valid()) meet(of, share / readers(of), static_cast<double>(block_bytes(of)));
         sharing.private_slots += slot == SlotState::kPrivate ? weight : 0;
         sharing.prefix_slots += slot == SlotState::kPrefix ? weight : 0;
         sharing.fused_slots += slot == SlotState::kFused ? weight : 0;
         // Without fusion each index entry would have a block of its own, for all who use that entry.
         const int users = i < s.chain.size() ? index_[s.chain[i]].users : 1;
-        sharing.unfused_bytes += slot == SlotState::kFused ? weight * bytes / users : share * bytes;
+        sharing.unfused_bytes += alone * (slot == SlotState::kFused ? weight / users : share);
       }
     }
   }

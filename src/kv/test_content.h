@@ -70,6 +70,11 @@ inline std::vector<std::byte> StoredBlock(const KvCache& cache, int table, Block
   const codec::Codec codec = cache.codec(id);
   if (codec == layout.codec) return {cache.data(id), cache.data(id) + layout.block_bytes(cap)};
   std::vector<std::byte> decoded(layout.block_bytes(cap));
+  if (const BlockId base = cache.base(id); base.valid()) {
+    const std::vector<std::byte> mean = StoredBlock(cache, table, base, cap);
+    codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, mean.data(), decoded.data(), cap);
+    return decoded;
+  }
   codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, kind == Kind::kK ? cache.key_mean(table / 2) : nullptr,
                      decoded.data());
   return decoded;

@@ -161,6 +161,8 @@ struct Metrics::Instruments {
   Counter& offered = AddCounter("jointkv_fusion_offered_blocks_total", "Physical blocks that fusion looked at.");
   Counter& fused_equal = AddFused("equal");
   Counter& fused_other = AddFused("other");
+  Counter& residuals = AddCounter("jointkv_fusion_residual_blocks_total",
+                                  "Physical blocks that gave all but their difference from a representative up.");
   Counter& rejected_budget = AddRejected("over_budget");
   Counter& rejected_alone = AddRejected("no_candidate");
   Counter& fusion_seconds = AddCounter("jointkv_fusion_seconds_total", "Time spent on lookup, test and merge.");
@@ -266,7 +268,8 @@ void Metrics::Update(const engine::Engine& engine) {
   Follow(m.fused_equal, fusion.fused_equal_tokens);
   Follow(m.fused_other, fusion.fused - fusion.fused_equal_tokens);
   Follow(m.rejected_budget, fusion.rejected);
-  Follow(m.rejected_alone, fusion.offered - fusion.fused - fusion.rejected);
+  Follow(m.residuals, fusion.residuals);
+  Follow(m.rejected_alone, fusion.offered - fusion.fused - fusion.residuals - fusion.rejected);
   Follow(m.fusion_seconds, fusion.fusion_s);
   m.representatives.Set(static_cast<double>(fusion.representatives));
   m.worst_nmse.Set(fusion.worst_nmse);

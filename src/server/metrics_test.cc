@@ -253,8 +253,10 @@ TEST(Metrics, FusionIsCounted) {
   const joint::FusionStats fusion = driver.engine().fusion_stats();
   ASSERT_GT(fusion.fused, 0);
   EXPECT_EQ(text.Value("jointkv_fusion_offered_blocks_total"), static_cast<double>(fusion.offered));
-  EXPECT_EQ(SumOf(text, "jointkv_fusion_fused_blocks_total") + SumOf(text, "jointkv_fusion_rejected_blocks_total"),
+  EXPECT_EQ(SumOf(text, "jointkv_fusion_fused_blocks_total") + SumOf(text, "jointkv_fusion_rejected_blocks_total") +
+                text.Value("jointkv_fusion_residual_blocks_total"),
             static_cast<double>(fusion.offered));
+  EXPECT_EQ(text.Value("jointkv_fusion_residual_blocks_total"), static_cast<double>(fusion.residuals));
   EXPECT_EQ(text.Value("jointkv_fusion_rejected_blocks_total{reason=\"over_budget\"}"),
             static_cast<double>(fusion.rejected));
   EXPECT_GT(text.Value("jointkv_fusion_representatives"), 0);

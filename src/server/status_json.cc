@@ -48,6 +48,7 @@ std::string StatusJson(const engine::Engine& engine) {
                  {"offered_blocks", fusion.offered},
                  {"fused_blocks", fusion.fused},
                  {"fused_equal_tokens", fusion.fused_equal_tokens},
+                 {"residual_blocks", fusion.residuals},
                  {"rejected_blocks", fusion.rejected},
                  {"representatives", fusion.representatives},
                  {"worst_nmse", fusion.worst_nmse},

@@ -224,12 +224,12 @@ class Chat(Case):
 
 class Eval(Case):
     SMALL = ["--requests", 3, "--documents", 3, "--pool", 4, "--seeds", 1, "--continuation", 8]
-    FIELDS = ["workload", "model", "policy", "budget", "similarity", "threshold", "cosine_scope", "kv_type",
-              "requests", "tokens", "prompt_tokens", "seeds", "compression", "compression_spread",
+    FIELDS = ["workload", "model", "policy", "budget", "similarity", "residuals", "threshold", "cosine_scope",
+              "kv_type", "requests", "tokens", "prompt_tokens", "seeds", "compression", "compression_spread",
               "exact_factor", "fusion_factor", "codec_factor", "bytes_held", "metadata_bytes", "logical_bytes",
               "all_resident", "kl_mean", "kl_mean_spread", "kl_p99", "top1", "ppl_ratio", "equal_token_share",
-              "worst_nmse", "blocks_offered", "blocks_fused", "blocks_rejected", "fusion_s", "fusion_share",
-              "prefill_tok_s", "decode_tok_s", "preemptions"]
+              "worst_nmse", "blocks_offered", "blocks_fused", "blocks_residual", "blocks_rejected", "fusion_s",
+              "fusion_share", "prefill_tok_s", "decode_tok_s", "preemptions"]
 
     def test_settings_against_the_exact_cache(self):
         output, plot = self.scratch / "out.json", self.scratch / "out.svg"

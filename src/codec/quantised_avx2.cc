@@ -1,0 +1,281 @@
+#include <cstring>
+
+#include "base/check.h"
+#include "base/cpu.h"
+#include "codec/quantised_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "base/avx2_push.h"
+// After the push: compiled for AVX2.
+#include "codec/quantised_encode-inl.h"
+
+namespace jointkv::codec {
+namespace {
+
+constexpr int kStep = 8;  // tokens, or channels, of one vector of floats
+
+struct Levels {
+  alignas(64) int16_t x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens)
+};
+
+inline __m256i Load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+inline void Store(void* at, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(at), v); }
+
+// Bytes are read 32 tokens at a time whatever the block holds, so from a copy.
+template <Codec kCodec>
+void LoadLevels(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
+  constexpr int kBits = LevelBits(kCodec);
+  constexpr int kPerByte = 8 / kBits;
+  const int rows = args.head_dim / kPerByte;
+  std::byte copy[kQuantisedHeadDimMax / kPerByte * kLanes + 32];
+  std::memcpy(copy, bytes, static_cast<size_t>(rows) * args.cap);
+  alignas(16) int8_t entries[16];
+  for (int i = 0; i < 16; ++i) entries[i] = static_cast<int8_t>(kLevelTable<kCodec>[i]);
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
+  const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
+  for (int row = 0; row < rows; ++row) {
+    const __m256i packed = Load(copy + static_cast<ptrdiff_t>(row) * args.cap);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPerByte; ++i) {
+      const __m256i level = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, i * kBits), mask));
+      int16_t* out = levels.x[row * kPerByte + i];
+      Store(out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(level)));
+      Store(out + 16, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(level, 1)));
+    }
+  }
+}
+
+// v[i] +- v[i + half] for each two of kN vectors, for half = 1, 2, ..., kN / 2.
+template <int kN>
+inline __attribute__((always_inline)) void Butterflies(__m256i (&v)[kN]) {
+#pragma GCC unroll 8
+  for (int half = 1; half < kN; half *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kN; ++i) {
+      if ((i & half) != 0) continue;
+      const __m256i a = v[i];
+      v[i] = _mm256_add_epi16(a, v[i + half]);
+      v[i + half] = _mm256_sub_epi16(a, v[i + half]);
+    }
+  }
+}
+
+// log2(kN) stages of H among channels that lie `distance` apart, in each part of kN * distance channels.
+template <int kN>
+void Stages(int head_dim, int distance, Levels& levels) {
+  for (int part = 0; part < head_dim; part += kN * distance) {
+    for (int c = part; c < part + distance; ++c) {
+      for (int token = 0; token < kLanes; token += 16) {
+        __m256i v[kN];
+#pragma GCC unroll 8
+        for (int i = 0; i < kN; ++i) v[i] = Load(levels.x[c + i * distance] + token);
+        Butterflies(v);
+#pragma GCC unroll 8
+        for (int i = 0; i < kN; ++i) Store(levels.x[c + i * distance] + token, v[i]);
+      }
+    }
+  }
+}
+
+// H of the levels.
+template <Codec kCodec>
+void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
+  LoadLevels<kCodec>(args, bytes, levels);
+  const int part = PartOf(args.head_dim);
+  int distance = 1;
+  for (; distance * 8 <= part; distance *= 8) Stages<8>(args.head_dim, distance, levels);
+  if (part / distance == 4) Stages<4>(args.head_dim, distance, levels);
+  if (part / distance == 2) Stages<2>(args.head_dim, distance, levels);
+}
+
+// As bf16 in the upper halves of lanes: to nearest even, and what is no normal number becomes zero.
+inline __m256i UpperBf16(__m256 value) {
+  __m256i bits = _mm256_castps_si256(value);
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+  const __m256i tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), magnitude);
+  bits = _mm256_xor_si256(bits, _mm256_and_si256(tiny, magnitude));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
+// scale * level + mean as bf16, where lanes are pairs: first in the low half. Level times scale is exact.
+template <bool kMean>
+inline __attribute__((always_inline)) __m256i Pairs(__m256i first, __m256i second, __m256 first_scale,
+                                                    __m256 second_scale, const std::byte* mean, ptrdiff_t mean_at) {
+  __m256 low = _mm256_setzero_ps();
+  __m256 high = _mm256_setzero_ps();
+  const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  if constexpr (kMean) {
+    const __m256i both = Load(mean + mean_at);
+    low = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    high = _mm256_castsi256_ps(_mm256_and_si256(both, high_half));
+  }
+  low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), first_scale, low);
+  high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(second), second_scale, high);
+  return _mm256_or_si256(_mm256_srli_epi32(UpperBf16(low), 16), _mm256_and_si256(UpperBf16(high), high_half));
+}
+
+inline __m256 Signed(__m256 x, __m256i signs) {
+  return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_castps_si256(x), signs));
+}
+
+// Calls f(token, scales of kStep tokens from `token` on) for steps that cover the block; the last may overlap the one
+// before.
+template <typename F>
+inline __attribute__((always_inline)) void ForTokens(const HeadArgs& args, const std::byte* scales, const F& f) {
+  for (int at = 0; at < args.cap; at += kStep) {
+    const int token = at + kStep <= args.cap ? at : args.cap - kStep;
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + static_cast<ptrdiff_t>(token) * 2));
+    f(token, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+  }
+}
+
+template <bool kMean>
+void StoreK(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
+  ForTokens(
+      args, scales, [&](int token, __m256 scale) __attribute__((always_inline)) {
+        for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+          const auto level = [&](int c) __attribute__((always_inline)) {
+            return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&levels.x[c][token])));
+          };
+          const auto sign = [](int c) __attribute__((always_inline)) {
+            return _mm256_set1_epi32(static_cast<int>(kChannelSigns[c]));
+          };
+          Store(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4,
+                Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(scale, sign(2 * pair)),
+                             Signed(scale, sign(2 * pair + 1)), args.mean,
+                             (pair * args.mean_cap + token) * ptrdiff_t{4}));
+        }
+      });
+}
+
+// 8 rows of 8 lanes of 32 bits become 8 columns.
+inline __attribute__((always_inline)) void Transpose(__m256i (&v)[8]) {
+  __m256i w[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    w[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  // v[4 i + j]: column j of each half, rows 4 i to 4 i + 3.
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm256_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm256_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm256_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    w[j] = _mm256_permute2x128_si256(v[j], v[4 + j], 0x20);
+    w[4 + j] = _mm256_permute2x128_si256(v[j], v[4 + j], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) v[i] = w[i];
+}
+
+template <bool kMean>
+void StoreV(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
+  alignas(32) float scale[kLanes];
+  ForTokens(
+      args, scales, [&](int token, __m256 s) __attribute__((always_inline)) { _mm256_storeu_ps(scale + token, s); });
+  for (int c = 0; c < args.head_dim; c += kStep) {
+    const __m256i signs = Load(&kChannelSigns[c]);
+    for (int token = 0; token < args.cap; token += 2 * kStep) {
+      __m256i v[8];  // a lane is two tokens
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) v[i] = Load(levels.x[c + i] + token);
+      Transpose(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const int t = token + 2 * i;
+        if (t >= args.cap) break;
+        const ptrdiff_t at = (static_cast<ptrdiff_t>(t / 2) * args.head_dim + c) * 4;
+        Store(out + at, Pairs<kMean>(_mm256_srai_epi32(_mm256_slli_epi32(v[i], 16), 16), _mm256_srai_epi32(v[i], 16),
+                                     Signed(_mm256_set1_ps(scale[t]), signs),
+                                     Signed(_mm256_set1_ps(scale[t + 1]), signs), args.mean, at));
+      }
+    }
+  }
+}
+
+template <Codec kCodec, bool kMean>
+void DecodeTransformed(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  Levels levels;
+  Inverse<kCodec>(args, head, levels);
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim * LevelBits(kCodec) / 8) * args.cap;
+  (args.kind == Kind::kK ? StoreK<kMean> : StoreV<kMean>)(args, levels, scales, out);
+}
+
+inline __m256i LoadQ8(const std::byte* at) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+}
+
+template <bool kMean>
+void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim) * args.cap;
+  if (args.kind == Kind::kK) {
+    ForTokens(
+        args, scales, [&](int token, __m256 scale) __attribute__((always_inline)) {
+          for (int pair = 0; pair < args.head_dim / 2; ++pair) {
+            const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
+            Store(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4,
+                  Pairs<kMean>(LoadQ8(levels), LoadQ8(levels + args.cap), scale, scale, args.mean,
+                               (pair * args.mean_cap + token) * ptrdiff_t{4}));
+          }
+        });
+    return;
+  }
+  alignas(32) float scale[kLanes];
+  ForTokens(
+      args, scales, [&](int token, __m256 s) __attribute__((always_inline)) { _mm256_storeu_ps(scale + token, s); });
+  for (int t = 0; t < args.cap; t += 2) {
+    const __m256 first = _mm256_set1_ps(scale[t]);
+    const __m256 second = _mm256_set1_ps(scale[t + 1]);
+    const std::byte* levels = head + static_cast<ptrdiff_t>(t) * args.head_dim;
+    for (int c = 0; c < args.head_dim; c += kStep) {
+      const ptrdiff_t at = (static_cast<ptrdiff_t>(t / 2) * args.head_dim + c) * 4;
+      Store(out + at,
+            Pairs<kMean>(LoadQ8(levels + c), LoadQ8(levels + args.head_dim + c), first, second, args.mean, at));
+    }
+  }
+}
+
+template <bool kMean>
+void Decode(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  switch (args.codec) {
+    case Codec::kQ4: return DecodeTransformed<Codec::kQ4, kMean>(args, head, out);
+    case Codec::kQ2: return DecodeTransformed<Codec::kQ2, kMean>(args, head, out);
+    case Codec::kQ1: return DecodeTransformed<Codec::kQ1, kMean>(args, head, out);
+    default: return DecodeQ8<kMean>(args, head, out);
+  }
+}
+
+}  // namespace
+
+void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
+  Tile tile;
+  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tokens, tile);
+  EncodeTile(args, tile, out);
+}
+
+void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  (args.mean != nullptr ? Decode<true> : Decode<false>)(args, head, out);
+}
+
+}  // namespace jointkv::codec
+#include "base/avx2_pop.h"
+
+namespace jointkv::codec {
+bool HasAvx2Kernels(int head_dim, int cap) { return HasAvx2() && head_dim % kStep == 0 && cap >= kStep; }
+}  // namespace jointkv::codec
+
+#else
+namespace jointkv::codec {
+bool HasAvx2Kernels(int, int) { return false; }
+void EncodeHeadAvx2(const HeadArgs&, const std::byte*, int, std::byte*) { CHECK(false); }
+void DecodeHeadAvx2(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
+}  // namespace jointkv::codec
+#endif
