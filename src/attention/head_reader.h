@@ -47,8 +47,7 @@ class HeadReader {
 
   const std::byte* Read(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head) {
     const codec::Codec codec = run.cache->codec(block);
-    const std::byte* data = run.cache->data(block);
-    if (codec == run.layout->codec) return data + run.layout->head_offset(kv_head, cap);
+    if (codec == run.layout->codec) return run.cache->data(block) + run.layout->head_offset(kv_head, cap);
     Last& last = last_[static_cast<size_t>(kind)];
     const size_t place_bytes = PlaceBytes(run.layout->head_dim);
     std::byte* places = scratch_ + static_cast<size_t>(kind) * kPlaces * place_bytes;
@@ -56,27 +55,26 @@ class HeadReader {
       last = {block, kv_head, (last.place + 1) % kInFlight};
       std::byte* out = places + last.place * place_bytes;
       if (const BlockId base = run.cache->base(block); base.valid()) {
-        const std::byte* mean = Base(run, kind, base, cap, kv_head, places + kInFlight * place_bytes);
-        codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, mean, out, cap);
+        const std::byte* from = Alone(run, kind, base, cap, kv_head, places + kInFlight * place_bytes);
+        codec::DecodeHead(*run.layout, kind, codec, run.cache->data(block), kv_head, cap, from, out, cap);
       } else {
-        codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, Mean(run, kind, kv_head), out);
+        Alone(run, kind, block, cap, kv_head, out);
       }
     }
     return places + last.place * place_bytes;
   }
 
-  static const std::byte* Base(const BlockRun& run, codec::Kind kind, BlockId base, int cap, int kv_head,
-                               std::byte* place) {
-    const codec::Codec codec = run.cache->codec(base);
-    const std::byte* data = run.cache->data(base);
+  // A block that is no difference: where it lies, or decoded into `place`.
+  static const std::byte* Alone(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head,
+                                std::byte* place) {
+    const codec::Codec codec = run.cache->codec(block);
+    const std::byte* data = run.cache->data(block);
     if (codec == run.layout->codec) return data + run.layout->head_offset(kv_head, cap);
-    codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, Mean(run, kind, kv_head), place);
+    const bool has_mean = kind == codec::Kind::kK && run.key_mean != nullptr;
+    const std::byte* mean =
+        has_mean ? run.key_mean + run.layout->head_offset(kv_head, codec::kBlockTokensMax) : nullptr;
+    codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, mean, place);
     return place;
-  }
-
-  static const std::byte* Mean(const BlockRun& run, codec::Kind kind, int kv_head) {
-    if (kind == codec::Kind::kV || run.key_mean == nullptr) return nullptr;
-    return run.key_mean + run.layout->head_offset(kv_head, codec::kBlockTokensMax);
   }
 
   std::byte* scratch_;          // (kinds, kPlaces, one head of a whole block)

@@ -132,7 +132,7 @@ INSTANTIATE_TEST_SUITE_P(Codec, HalfFormats, testing::Values(kF16Format, kBf16Fo
 TEST(Codec, NamesGoBothWays) {
   for (const Codec codec : {Codec::kBf16, Codec::kF16, Codec::kF32, Codec::kQ8, Codec::kQ4})
     EXPECT_EQ(ParseCodec(CodecName(codec)), codec);
-  for (const std::string_view name : {"", "bf", "bf166", "BF16", "Q8", "q4_0"})
+  for (const std::string_view name : {"", "bf", "bf166", "BF16", "Q8", "q4_0", "q2", "q1"})
     EXPECT_EQ(ParseCodec(name), std::nullopt);
 }
 

@@ -26,6 +26,12 @@ namespace jointkv::codec {
 
 inline constexpr int kQuantisedHeadDimMax = 256;
 
+// What a transformed codec leaves of the energy of Gaussian values (less of short head vectors, whose scale is fitted).
+constexpr double GaussianLoss(Codec codec) {
+  CHECK(IsQuantised(codec) && codec != Codec::kQ8);
+  return codec == Codec::kQ4 ? 0.009506 : codec == Codec::kQ2 ? 0.11748 : 0.36338;
+}
+
 // block: `source` (bf16) of cap tokens, of which the first `tokens` count; the others of `out` decode to the mean.
 // mean: subtracted before and added after, laid out as `source` with mean_cap tokens; null: zeros. Token t takes the
 // mean's token t.

@@ -35,9 +35,8 @@ void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens,
 void DecodeHeadAvx512(const HeadArgs& args, const std::byte* head, std::byte* out);
 
 // Lloyd-Max grids of a Gaussian (Max, Quantizing for Minimum Distortion, 1960) in integers: the magnitudes, of kLevels
-// with their signs, and a standard deviation in their unit. What they leave of the energy, and what the best real
-// levels would: 0.009506 and 0.009501 (q4), 0.11748 and 0.11748 (q2), 0.36338 and 0.36338 (q1). Sums of
-// kQuantisedHeadDimMax levels fit 16 bits.
+// with their signs, and a standard deviation in their unit. They leave GaussianLoss of the energy; the best real
+// levels would leave 0.009501 (q4), 0.11748 (q2), 0.36338 (q1). Sums of kQuantisedHeadDimMax levels fit 16 bits.
 template <Codec kCodec>
 struct Grid;
 template <>

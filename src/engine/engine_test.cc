@@ -174,7 +174,7 @@ TEST_F(DefaultModelTest, Logprobs) {
 TEST_F(DefaultModelTest, NeverHalfACharacter) {
   SamplingParams params = Seeded(24, 3);
   params.temperature = 20;
-  params.n = 32;  // what is drawn differs from processor to processor
+  params.n = 48;  // what is drawn differs from processor to processor
   const RequestId id = driver_->Submit(Encode(driver_->engine(), "日本語のテキスト: "), params);
   driver_->Run();
   int multibyte = 0;
@@ -183,7 +183,7 @@ TEST_F(DefaultModelTest, NeverHalfACharacter) {
     EXPECT_EQ(output.text, text::SanitizeUtf8(driver_->engine().tokenizer().Decode(output.tokens, false)));
     multibyte += std::ranges::any_of(output.text, [](char c) { return static_cast<unsigned char>(c) >= 0x80; });
   }
-  EXPECT_GT(multibyte, 0);
+  EXPECT_GT(multibyte, 2);
 }
 
 TEST(EngineTest, GreedyIsThePlainLoop) {

@@ -1,7 +1,6 @@
 #include "joint/fusion.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,10 +14,9 @@
 namespace jointkv::joint {
 namespace {
 
-constexpr int kCandidatesMax = 8;  // representatives of one content that a block is tested against
-constexpr int kSimilarMax = 4;     // of other contents, the nearest by sketch
-// sqrt of what quantising leaves of a difference (codec/quantised_kernels.h), by bits, less a little.
-constexpr std::array<double, 5> kLeft = {1, 0.58, 0.33, 0, 0.09};
+constexpr int kCandidatesMax = 8;   // representatives of one content that a block is tested against
+constexpr int kSimilarMax = 4;      // of other contents, the nearest by sketch
+constexpr double kNear = 1.15;      // what is expected of a codec may be so far beyond the budget to be tried
 constexpr double kSketchSlack = 2;  // a squared distance is rarely estimated beyond this times itself
 
 Kind KindOf(int table) { return static_cast<Kind>(table % 2); }
@@ -107,13 +105,17 @@ void Fusion::EncodeBounded(SequenceId sequence, kv::SealedRange range) {
   }
 }
 
+bool Fusion::Known(BlockId block) const {
+  return cache_.watched(block) || cache_.settled(block) || cache_.codec(block) != cache_.shape().layout.codec;
+}
+
 void Fusion::Measure(SequenceId sequence, int table) {
   for (const Sealed& sealed : sealed_) {
     if (statistics_.full(table)) return;
     if (!cache_.Owned(sequence, table, sealed.index)) continue;
     const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
     const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
-    if (cache_.watched(own) || cache_.codec(own) != cache_.shape().layout.codec) continue;
+    if (Known(own)) continue;
     statistics_.Add(table, KindOf(table), cache_.data(own), block.cap, block.start - block.base,
                     block.start == 0 ? 1 : 0, block.tokens);
   }
@@ -154,8 +156,7 @@ Fusion::Decision Fusion::Decide(SequenceId sequence, int table, const Sealed& se
   if (!cache_.Owned(sequence, table, sealed.index)) return decision;
   const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
   const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
-  // Listed or encoded already: the sequence took a known block.
-  if (cache_.watched(own) || cache_.codec(own) != cache_.shape().layout.codec) return decision;
+  if (Known(own)) return decision;
   std::byte* data = cache_.data(own);
   if (fuses_ && inverse_energy_[table] > 0) {
     decision = Join(table, sealed.group, data, block, scratch);
@@ -282,7 +283,7 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
   ++record.weight;
   const std::byte* mean = Values(table, decision.target, cap, scratch.candidate);
   double bound = std::max<double>(record.bound, distance);
-  const double step = std::min(distance / record.weight, limit - record.bound);
+  const double step = record.fixed ? 0 : std::min(distance / record.weight, limit - record.bound);
   if (step > 0) {
     const auto weight = static_cast<float>(step / distance);
     Blend(cache_.shape().layout, mean, 1 - weight, data, weight, cap, scratch.blend);
@@ -306,7 +307,7 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
   return decision;
 }
 
-// Coarsest levels first. What they leave of a difference is known well enough to try only those that can do.
+// The fewest bits that do, of those for which a difference of Gaussian values would come near.
 Fusion::Decision Fusion::Differ(int table, double distance, std::byte* data, const kv::LogicalBlock& block,
                                 const Scratch& scratch, Decision decision) {
   if (!cache_.residuals()) return decision;
@@ -315,7 +316,7 @@ Fusion::Decision Fusion::Differ(int table, double distance, std::byte* data, con
   const std::byte* from = Values(table, decision.target, block.cap, scratch.candidate);
   for (const codec::Codec codec : kv::kResidualCodecs) {
     if (BytesIn(codec, block.cap) >= BytesIn(CodecOf(table, block), block.cap)) break;
-    if (distance * kLeft[static_cast<size_t>(codec::LevelBits(codec))] > limit) continue;
+    if (distance * distance * codec::GaussianLoss(codec) > kNear * options_.budget) continue;
     codec::EncodeBlock(layout, KindOf(table), codec, data, block.cap, block.tokens, from, scratch.encoded, block.cap);
     codec::DecodeBlock(layout, KindOf(table), codec, scratch.encoded, block.cap, from, scratch.blend, block.cap);
     const double left = Between(table, data, scratch.blend, block.cap, block.tokens);
@@ -323,6 +324,7 @@ Fusion::Decision Fusion::Differ(int table, double distance, std::byte* data, con
     std::memcpy(data, scratch.encoded, BytesIn(codec, block.cap));
     Representative& record = representatives_[decision.target];
     record.bound = std::max(record.bound, static_cast<float>(left));
+    record.fixed = true;
     decision.kind = Decision::Kind::kDiffer;
     decision.codec = codec;
     decision.bound = record.bound;
@@ -370,6 +372,7 @@ BlockId Fusion::MoveEncoded(SequenceId sequence, int table, const Sealed& sealed
     Decode(table, decision.codec, data, cap, scratch_.data());
     std::memcpy(data, scratch_.data(), cache_.shape().layout.block_bytes(cap));
     if (decision.listed) representatives_[own].codec = written_;
+    cache_.Settle(own);
     return own;
   }
   ++stats_.encoded;
@@ -387,7 +390,7 @@ void Fusion::Rename(int table, const Sealed& sealed, BlockId from, BlockId to) {
   }
 }
 
-// Without a place for it, a difference is added up again, and its block stays.
+// Without a place for it, a difference is added up again, and its block stays as that.
 void Fusion::KeepDifference(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision) {
   if (decision.kind != Decision::Kind::kDiffer) return;
   ++stats_.offered;
@@ -406,6 +409,7 @@ void Fusion::KeepDifference(SequenceId sequence, int table, const Sealed& sealed
   const std::byte* from = Values(table, decision.target, cap, scratch_.data() + bytes);
   codec::DecodeBlock(layout, KindOf(table), decision.codec, data, cap, from, scratch_.data(), cap);
   std::memcpy(data, scratch_.data(), bytes);
+  cache_.Settle(own);
 }
 
 FusionStats Fusion::stats() const {

@@ -82,6 +82,8 @@ class Fusion {
 
   void EncodeBounded(SequenceId sequence, kv::SealedRange range);
   void CollectSealed(SequenceId sequence, kv::SealedRange range);
+  // Listed, encoded or settled already: the sequence took a block that was offered before.
+  bool Known(BlockId block) const;
   // Takes part in the statistics of its table, while those last.
   void Measure(SequenceId sequence, int table);
   // Fixes what all statistics have come to that are complete.

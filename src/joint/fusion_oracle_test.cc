@@ -28,7 +28,7 @@ using kv::KvCache;
 constexpr int kOperations = 1'000'000;  // over all configurations
 constexpr int kConfigs = 12;
 // A slab serves one class at a time: fewer are all taken by what the forward pass writes.
-constexpr int kSlabsForDifferences = 80;
+constexpr int kSlabsForDifferences = 60;
 constexpr int kSequencesMax = 10;
 constexpr int kTokensMax = 96;
 constexpr int kDomains = 2;
@@ -81,7 +81,7 @@ class Run {
     for (operation_ = 0; operation_ < operations && !testing::Test::HasFailure(); ++operation_) {
       while (!Step()) {
       }
-      cache_->CheckIntegrity();
+      if (operation_ % 4 == 0) cache_->CheckIntegrity();
       if (operation_ % 16 == 0) fusion_->CheckIntegrity();
       if (operation_ % 64 != 0) continue;
       for (const Mirror& m : mirrors_) CheckContent(m);
@@ -276,8 +276,7 @@ class Run {
         if (squares != 0 && blocks[i].sealed && !config_.sealed.empty() && fusion_->energy(table) > 0) {
           const double nmse = squares / (tokens * fusion_->energy(table));
           const double allowed = std::max<double>(m.lossy ? config_.options.budget : 0, EncodedNmse(m, table, i));
-          // A block that found no room may be encoded again, for another sequence that seals the same content.
-          EXPECT_LE(nmse, allowed * 1.1) << "block " << i << " of table " << table;
+          EXPECT_LE(nmse, allowed * (1 + 1e-4)) << "block " << i << " of table " << table;
           continue;
         }
         if (!m.lossy || !blocks[i].sealed) {
@@ -355,9 +354,10 @@ class Run {
     const bool roomy = config_.slabs >= kSlabsForDifferences;
     EXPECT_EQ(failures_ > 0, !roomy);
     EXPECT_EQ(stats.fused > 0, config_.options.policy != Policy::kOff);
-    EXPECT_EQ(stats.rejected > 0, config_.options.policy != Policy::kOff);
     if (roomy) {
-      EXPECT_GT(stats.residuals, 1000);
+      EXPECT_GT(stats.residuals, 1000);  // instead of rejecting
+    } else {
+      EXPECT_EQ(stats.rejected > 0, config_.options.policy != Policy::kOff);
     }
     if (!config_.sealed.empty()) {
       EXPECT_GT(stats.encoded, 0);

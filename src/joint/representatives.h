@@ -28,6 +28,7 @@ struct Representative {
   int32_t weight = 0;  // blocks that its mean is made of
   int32_t table = 0;
   codec::Codec codec = codec::Codec::kBf16;  // of its bytes
+  bool fixed = false;                        // its bytes stay as they are: blocks are kept as differences from it
 };
 
 class Representatives {

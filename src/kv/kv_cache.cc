@@ -691,7 +691,6 @@ BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, co
   if (base.valid()) {
     CHECK(base != own && refs_[base.index()] > 0 && bases_[base.index()] == 0);
     bases_[target.index()] = base.value + 1;
-    marks_[base.index()] |= kRepresents;
     RefFromIndex(base);
   }
   Ref(target);
@@ -703,6 +702,7 @@ BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, co
     done = RedirectAll(table, own, target, 1);
   }
   marks_[target.index()] = represents;
+  if (done && base.valid()) marks_[base.index()] |= kRepresents;
   Unref(target);
   return done ? target : BlockId();
 }

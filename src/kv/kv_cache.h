@@ -165,6 +165,9 @@ class KvCache {
   void Watch(BlockId block);
   void Unwatch(BlockId block) { marks_[block.index()] &= ~kWatched; }
   bool watched(BlockId block) const { return (marks_[block.index()] & kWatched) != 0; }
+  // The block's values are not what was written any more, nor may they move farther from it: it stays as it is.
+  void Settle(BlockId block) { marks_[block.index()] |= kSettled; }
+  bool settled(BlockId block) const { return (marks_[block.index()] & kSettled) != 0; }
   void TakeReleased(std::vector<BlockId>& out);
 
   // Whether a new sequence of `tokens` tokens should fit beside what the running sequences refer to (everything else
@@ -268,6 +271,7 @@ class KvCache {
   // By BlockId. kRepresents: a slot or entry was redirected to it.
   static constexpr uint8_t kWatched = 1;
   static constexpr uint8_t kRepresents = 2;
+  static constexpr uint8_t kSettled = 4;
   LazyArray<uint8_t> marks_;
   std::vector<BlockId> released_;  // watched blocks without an owner since TakeReleased
   PrefixIndex index_;

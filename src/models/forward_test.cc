@@ -153,8 +153,8 @@ TEST_P(ForwardTest, ChunksAgreeInF32) {
   for (const int chunk : {1, 7, 64}) {
     Agreement agreement;
     agreement.Add(whole, packed.Logits(tokens, {chunk}), runner.n_vocab());
-    // Some hundred roundings of 2^-24, most of which cancel.
-    EXPECT_LE(agreement.max_error(), 2e-5) << "chunks of " << chunk;
+    // The largest of some 10,000 differences: a few hundred roundings of 2^-24 each, most of which cancel.
+    EXPECT_LE(agreement.max_error(), 4e-5) << "chunks of " << chunk;
   }
 }
 

@@ -256,6 +256,15 @@ class Eval(Case):
         self.assertGreater(results[3]["kl_mean"], results[0]["kl_mean"])
         self.assertEqual(xml.etree.ElementTree.parse(plot).getroot().tag, "{http://www.w3.org/2000/svg}svg")
 
+    def test_differences(self):
+        done = run("eval", *self.SMALL, "--policy", "bounded", "--kv-budget", "0.02", "--kv-residuals", "on", "--json",
+                   "-", *KV)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        result, = json.loads(done.stdout)["results"]
+        self.assertTrue(result["residuals"])
+        self.assertGreater(result["blocks_residual"], 0)
+        self.assertLessEqual(result["worst_nmse"], 0.02 * 1.0001)
+
     def test_workloads(self):
         for workload in ("unique", "few-shot", "system-prompt", "wiki", "samples"):
             done = run("eval", "--workload", workload, *self.SMALL, "--policy", "off", "--json", "-", *KV)
