@@ -10,6 +10,7 @@
 
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "cli/chat_template_option.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
 #include "cli/sampling_options.h"
@@ -33,6 +34,7 @@ struct ChatFlags {
   engine::EngineOptions engine;
   engine::SamplingParams sampling;
   std::string system;
+  std::string chat_template;  // text; empty: the model file's
 };
 
 class Chat {
@@ -67,7 +69,8 @@ int Chat::Run() {
   int exit_code = kExitOk;
   engine_ = LoadEngine(flags_.engine, exit_code);
   if (engine_ == nullptr) return exit_code;
-  Expected<std::unique_ptr<text::ChatTemplate>> chat_template = text::ChatTemplate::Create(engine_->tokenizer());
+  Expected<std::unique_ptr<text::ChatTemplate>> chat_template =
+      text::ChatTemplate::CreateAsGiven(engine_->tokenizer(), flags_.chat_template);
   if (!chat_template.ok()) {
     Complain(chat_template.status().message());
     return kExitFailed;
@@ -205,6 +208,7 @@ void AddChat(CLI::App& app, Command& run) {
   CLI::App* command = app.add_subcommand("chat", "a conversation on the terminal, or a turn a line from a pipe");
   command->add_option("--system", flags->system, "system message")->type_name("TEXT");
   AddSamplingFlags(*command, flags->sampling, false);
+  AddChatTemplateFlag(*command, flags->chat_template);
   AddEngineFlags(*command, flags->engine);
   command->callback([&run, flags] { run = [flags] { return Chat(*flags).Run(); }; });
 }

@@ -16,6 +16,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/batch.h"
+#include "cli/chat_template_option.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
 #include "cli/prompts.h"
@@ -37,6 +38,7 @@ struct GenerateFlags {
   bool has_prompt = false;
   bool chat = false;
   std::string system;
+  std::string chat_template;  // text; empty: the model file's
   std::string json_path;
   std::string summary_path;
   bool quiet = false;
@@ -134,7 +136,8 @@ int Generate::Run() {
   int exit_code = kExitOk;
   engine_ = LoadEngine(flags_.engine, exit_code);
   if (engine_ == nullptr) return exit_code;
-  Expected<std::unique_ptr<text::ChatTemplate>> chat_template = text::ChatTemplate::Create(engine_->tokenizer());
+  Expected<std::unique_ptr<text::ChatTemplate>> chat_template =
+      text::ChatTemplate::CreateAsGiven(engine_->tokenizer(), flags_.chat_template);
   if (!chat_template.ok()) {
     Complain(chat_template.status().message());
     return kExitFailed;
@@ -320,6 +323,7 @@ void AddGenerate(CLI::App& app, Command& run) {
       ->type_name("FILE");
   command->add_flag("--quiet", flags->quiet, "no table, and no texts of many prompts");
   AddSamplingFlags(*command, flags->sampling);
+  AddChatTemplateFlag(*command, flags->chat_template);
   AddEngineFlags(*command, flags->engine);
   command->callback([&run, flags, prompt] {
     flags->has_prompt = prompt->count() > 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/bytes.h"
+#include "cli/chat_template_option.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
 #include "cli/terminal.h"
@@ -64,6 +65,7 @@ void AddLimitFlags(CLI::App& app, server::Limits& limits) {
   count("--max-connections", limits.connections_max, "open at once");
   bytes("--max-header-bytes", limits.header_bytes_max, "of a request");
   bytes("--max-body-bytes", limits.body_bytes_max, "of a request");
+  bytes("--max-held-bytes", limits.held_bytes_max, "of bodies being read and grammars of open requests, over all");
   bytes("--max-output-bytes", limits.output_bytes_max, "that a stream's client may be behind before it is cut");
   bytes("--max-response-bytes", limits.response_bytes_max, "of an answer that is not streamed");
   count("--max-json-depth", limits.json_depth_max, "nesting of a body");
@@ -150,6 +152,7 @@ void AddServe(CLI::App& app, Command& run) {
       ->check(CLI::Range(0.0, 1.0))
       ->type_name("R")
       ->capture_default_str();
+  AddChatTemplateFlag(*command, flags->server.chat_template);
   AddLimitFlags(*command, flags->server.limits);
   AddEngineFlags(*command, flags->engine);
   command

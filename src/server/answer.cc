@@ -20,6 +20,7 @@ std::string Quoted(const std::string& text) { return Dump(OrderedJson(text)); }
 
 float Finite(float logprob) { return logprob > kLeastLogprob ? logprob : kLeastLogprob; }
 
+// Those that begin in it: what a token of half a character goes on with is counted once.
 int Characters(const std::string& text) {
   return static_cast<int>(std::ranges::count_if(text, [](char c) { return (c & 0xC0) != 0x80; }));
 }
@@ -79,6 +80,7 @@ Answer::Answer(const GenerationCall& call, Head head, const Prepared& prepared, 
       chat_(call.chat),
       stream_(call.stream),
       include_usage_(call.include_usage),
+      usage_in_chunks_(call.usage_in_chunks),
       reports_kv_(call.reports_kv),
       embeds_(call.embed),
       base64_(call.base64),
@@ -186,16 +188,21 @@ void Answer::AddCompletionLogprob(TokenId token, const engine::SampledLogprobs& 
   arrays["token_logprobs"].push_back(Finite(logprobs.chosen));
   arrays["tokens"].push_back(piece);
   arrays["top_logprobs"].push_back(std::move(top));
-  choice.text_offset += Characters(piece);
+  choice.text_offset += Characters(tokenizer_.Piece(token));
 }
 
 // The first token has none: null.
 void Answer::AddPromptLogprobs(size_t prompt, const engine::Event& event, Choice& choice, OrderedJson& arrays) const {
   const int end = choice.text_offset;
-  choice.text_offset = 0;
+  const std::vector<TokenId>& tokens = prompts_[prompt];
+  // One that the tokenizer put before the text is not of it.
+  const std::string& first = tokenizer_.Piece(tokens[0]);
+  const bool added = tokenizer_.bos() == tokens[0] && !echoes_.empty() && !echoes_[prompt].starts_with(first);
+  choice.text_offset = added ? -Characters(first) : 0;
   for (size_t i = 0; i < event.prompt_logprobs.size(); ++i) {
-    AddCompletionLogprob(prompts_[prompt][i], event.prompt_logprobs[i], choice, arrays);
+    AddCompletionLogprob(tokens[i], event.prompt_logprobs[i], choice, arrays);
   }
+  if (added) arrays["text_offset"][0] = 0;
   arrays["token_logprobs"][0] = nullptr;
   arrays["top_logprobs"][0] = nullptr;
   choice.text_offset = end;
@@ -217,7 +224,13 @@ void Answer::AppendChunk(size_t index, const text::ChatDelta& delta, const Order
   }
   events += ",\"finish_reason\":";
   events += finish_reason == nullptr ? std::string("null") : "\"" + std::string(finish_reason) + "\"";
-  events += include_usage_ ? "}],\"usage\":null}\n\n" : "}]}\n\n";
+  events += "}" + ChunkEnd();
+}
+
+// After a chunk's choice. OpenAI's chunks have a usage, of null, where the last one has it.
+std::string Answer::ChunkEnd() const {
+  if (!include_usage_) return "]}\n\n";
+  return "],\"usage\":" + (usage_in_chunks_ ? Dump(Usage()) : "null") + "}\n\n";
 }
 
 void Answer::AppendFirstChunk(size_t index, const OrderedJson& prompt_logprobs, std::string& events) const {
@@ -226,8 +239,8 @@ void Answer::AppendFirstChunk(size_t index, const OrderedJson& prompt_logprobs, 
     return;
   }
   events += chunk_begin_ + "{\"index\":" + std::to_string(index) +
-            ",\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]" +
-            (include_usage_ ? ",\"usage\":null" : "") + "}\n\n";
+            ",\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}" +
+            ChunkEnd();
 }
 
 void Answer::AppendEnd(std::string& events) const {

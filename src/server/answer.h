@@ -72,6 +72,7 @@ class Answer {
   OrderedJson Message(const Choice& choice) const;
   std::string Embeddings() const;
   void AppendFirstChunk(size_t index, const OrderedJson& prompt_logprobs, std::string& events) const;
+  std::string ChunkEnd() const;
   OrderedJson Usage() const;
   OrderedJson Kv() const;
 
@@ -80,6 +81,7 @@ class Answer {
   bool chat_;
   bool stream_;
   bool include_usage_;
+  bool usage_in_chunks_;
   bool reports_kv_;
   bool embeds_;
   bool base64_;

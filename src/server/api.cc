@@ -50,6 +50,7 @@ struct Api::Job {
   Tenant* tenant = nullptr;
   Kind kind = Kind::kChat;
   std::string body;
+  HeldBytes::Hold held;
   bool gone = false;
   // What reading it gave:
   GenerationCall call;
@@ -68,7 +69,8 @@ struct Api::Job {
     });
   }
   void Prepare(const ModelInfo& model, const ApiOptions& options) {
-    if (!error) Try([&] { prepared = server::Prepare(call, model, options.limits); });
+    if (!error) Try([&] { prepared = server::Prepare(call, model, options.limits, std::move(held)); });
+    body = {};
   }
   template <typename Work>
   void Try(const Work& work) try {
@@ -112,6 +114,7 @@ const std::vector<Api::Route>& Api::Routes() {
       {"POST", "/v1/embeddings", Access::kTenant, &Api::Embedding},
       {"POST", "/tokenize", Access::kTenant, &Api::Tokenize},
       {"POST", "/detokenize", Access::kTenant, &Api::Detokenize},
+      {"GET", "/tokenizer_info", Access::kTenant, &Api::TokenizerInfo},
   };
   return kRoutes;
 }
@@ -301,11 +304,37 @@ void Api::Detokenize(Context& context) {
   context.exchange.Reply(Dump({{"prompt", text::SanitizeUtf8(tokenizer.Decode(tokens, true))}}));
 }
 
+// vLLM's endpoint of that name; Hugging Face's names for what there is.
+void Api::TokenizerInfo(Context& context) {
+  CheckReady();
+  const ModelInfo& model = engine_.model();
+  const text::Tokenizer& tokenizer = *model.tokenizer;
+  const auto piece = [&](std::optional<TokenId> token) {
+    return token ? OrderedJson(text::SanitizeUtf8(tokenizer.Piece(*token))) : OrderedJson(nullptr);
+  };
+  context.exchange.Reply(Dump({{"tokenizer_class", "GGUF"},
+                               {"vocab_size", model.n_vocab},
+                               {"model_max_length", model.context_max},
+                               {"add_bos_token", tokenizer.adds_bos()},
+                               {"add_eos_token", tokenizer.adds_eos()},
+                               {"bos_token", piece(tokenizer.bos())},
+                               {"eos_token", piece(tokenizer.eos())},
+                               {"pad_token", piece(tokenizer.eos())},
+                               {"chat_template", model.chat_template->source()}}));
+}
+
 void Api::Generate(Context& context, Kind kind) {
   CheckJsonType(context.request);
   CheckReady();
-  const auto job = std::make_shared<Job>(
-      Job{context.exchange, context.caller.tenant, kind, std::move(context.request.body), false, {}, {}, {}});
+  const auto job = std::make_shared<Job>(Job{context.exchange,
+                                             context.caller.tenant,
+                                             kind,
+                                             std::move(context.request.body),
+                                             std::move(context.request.held),
+                                             false,
+                                             {},
+                                             {},
+                                             {}});
   const bool is_short = job->body.size() <= kInlineBodyBytes;
   if (is_short) job->Parse(options_);
   if (is_short && (job->error || !job->call.has_grammar())) {

@@ -85,6 +85,7 @@ class Api {
   void Embedding(Context& context) { Generate(context, Kind::kEmbedding); }
   void Tokenize(Context& context);
   void Detokenize(Context& context);
+  void TokenizerInfo(Context& context);
 
   void Generate(Context& context, Kind kind);
   void Admit(Job& job);

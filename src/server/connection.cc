@@ -44,8 +44,9 @@ class HttpConnection final : public Connection,
  public:
   static constexpr bool kTls = std::is_same_v<Stream, TlsStream>;
 
-  HttpConnection(Stream stream, const Callbacks& callbacks, const Limits& limits, const std::string& server_name)
-      : stream_(std::move(stream)), callbacks_(callbacks), limits_(limits), server_name_(server_name) {
+  HttpConnection(Stream stream, const Callbacks& callbacks, const Limits& limits, HeldBytes& held,
+                 const std::string& server_name)
+      : stream_(std::move(stream)), callbacks_(callbacks), limits_(limits), budget_(held), server_name_(server_name) {
     NewRequest();
   }
 
@@ -130,11 +131,14 @@ class HttpConnection final : public Connection,
     if (!closed_) events_ += events;
   }
 
+  // A client is cut for what it left unread, not for how much one step of its own request gave.
   void Flush() override {
     if (closed_) return;
+    const size_t behind = out_.size() + written_ahead_.size() - written_;
+    if (behind > limits_.output_bytes_max + largest_flush_) return Close();
+    largest_flush_ = std::max(largest_flush_, events_.size());
     AppendChunk();
     sent_s_ = MonotonicSeconds();
-    if (out_.size() + written_ahead_.size() > limits_.output_bytes_max) return Close();
     Write();
   }
 
@@ -168,6 +172,7 @@ class HttpConnection final : public Connection,
     parser_->header_limit(static_cast<uint32_t>(limits_.header_bytes_max));
     parser_->body_limit(limits_.body_bytes_max);
     parser_->eager(true);
+    held_ = HeldBytes::Hold(budget_);
     receiving_ = false;
     body_began_ = false;
     whole_ = false;
@@ -211,6 +216,7 @@ class HttpConnection final : public Connection,
     const size_t used = parser_->put(asio::buffer(in_), error);
     in_.erase(0, used);
     if (error && error != http::error::need_more) return Malformed(error);
+    if (!held_.Set(parser_->get().body().size())) return Crowded();
     if (parser_->is_done()) return Dispatch();
     if (!parser_->is_header_done() || body_began_) return;
     body_began_ = true;
@@ -233,6 +239,13 @@ class HttpConnection final : public Connection,
     }
   }
 
+  void Crowded() {
+    in_.clear();
+    NewRequest();
+    Refuse(503, "server_busy",
+           "the server holds " + std::to_string(budget_.bytes_max()) + " bytes of requests, its limit");
+  }
+
   void Dispatch() {
     auto message = parser_->release();
     phase_ = Phase::kAnswering;
@@ -251,6 +264,7 @@ class HttpConnection final : public Connection,
     request.origin = Text(message[http::field::origin]);
     request.request_id = Text(message["X-Request-Id"]);
     request.body = std::move(message.body());
+    request.held = std::move(held_);
     callbacks_.on_request(std::move(request), this->shared_from_this());
   }
 
@@ -310,6 +324,7 @@ class HttpConnection final : public Connection,
     written_ += bytes;
     if (written_ == written_ahead_.size()) {
       written_ahead_.clear();
+      written_ = 0;
       if (written_ahead_.capacity() > limits_.output_bytes_max) written_ahead_ = {};
     }
     Write();
@@ -347,11 +362,13 @@ class HttpConnection final : public Connection,
   Stream stream_;
   const Callbacks& callbacks_;
   const Limits& limits_;
+  HeldBytes& budget_;
   const std::string& server_name_;
 
   std::array<char, kReadBytes> chunk_;
   std::string in_;  // read and not parsed yet
   std::optional<Parser> parser_;
+  HeldBytes::Hold held_;  // of what it has parsed
   Phase phase_ = Phase::kReceiving;
   bool reading_ = false;
   bool receiving_ = false;  // a request's first byte is here
@@ -370,6 +387,7 @@ class HttpConnection final : public Connection,
   std::string out_;
   std::string written_ahead_;  // being written
   size_t written_ = 0;         // of it
+  size_t largest_flush_ = 0;   // of this connection's events
   bool writing_ = false;
   double write_deadline_s_ = 0;
   double sent_s_ = 0;
@@ -383,11 +401,11 @@ class HttpConnection final : public Connection,
 
 std::shared_ptr<Connection> MakeConnection(Socket socket, asio::ssl::context* tls,
                                            const Connection::Callbacks& callbacks, const Limits& limits,
-                                           const std::string& server_name) {
+                                           HeldBytes& held, const std::string& server_name) {
   if (tls == nullptr) {
-    return std::make_shared<HttpConnection<Socket>>(std::move(socket), callbacks, limits, server_name);
+    return std::make_shared<HttpConnection<Socket>>(std::move(socket), callbacks, limits, held, server_name);
   }
-  return std::make_shared<HttpConnection<TlsStream>>(TlsStream(std::move(socket), *tls), callbacks, limits,
+  return std::make_shared<HttpConnection<TlsStream>>(TlsStream(std::move(socket), *tls), callbacks, limits, held,
                                                      server_name);
 }
 

@@ -9,14 +9,15 @@
 #include <string>
 
 #include "server/connection.h"
+#include "server/held_bytes.h"
 
 namespace jointkv::server {
 
 using Socket = boost::asio::generic::stream_protocol::socket;
 
-// `callbacks` and `limits` must outlive it. `tls` null: none. `server_name`: the Server header.
+// `callbacks`, `limits` and `held` must outlive it. `tls` null: none. `server_name`: the Server header.
 std::shared_ptr<Connection> MakeConnection(Socket socket, boost::asio::ssl::context* tls,
                                            const Connection::Callbacks& callbacks, const Limits& limits,
-                                           const std::string& server_name);
+                                           HeldBytes& held, const std::string& server_name);
 
 }  // namespace jointkv::server

@@ -14,8 +14,13 @@ constexpr double kMetricsEveryS = 0.1;
 
 }  // namespace
 
-EngineThread::EngineThread(engine::EngineOptions options, double shadow_rate, Metrics& metrics, Callbacks callbacks)
-    : options_(std::move(options)), shadow_rate_(shadow_rate), metrics_(metrics), callbacks_(std::move(callbacks)) {}
+EngineThread::EngineThread(engine::EngineOptions options, std::string chat_template, double shadow_rate,
+                           Metrics& metrics, Callbacks callbacks)
+    : options_(std::move(options)),
+      template_source_(std::move(chat_template)),
+      shadow_rate_(shadow_rate),
+      metrics_(metrics),
+      callbacks_(std::move(callbacks)) {}
 
 EngineThread::~EngineThread() { Stop(); }
 
@@ -78,7 +83,7 @@ void EngineThread::Run() {
 Status EngineThread::Load() {
   ASSIGN_OR_RETURN(engine_, engine::Engine::Create(options_));
   shadow_ = std::make_unique<engine::ShadowCheck>(*engine_, engine::ShadowCheck::Options{.rate = shadow_rate_});
-  ASSIGN_OR_RETURN(chat_template_, text::ChatTemplate::Create(engine_->tokenizer()));
+  ASSIGN_OR_RETURN(chat_template_, text::ChatTemplate::CreateAsGiven(engine_->tokenizer(), template_source_));
   const text::Tokenizer& tokenizer = engine_->tokenizer();
   model_.tokenizer = &tokenizer;
   model_.chat_template = chat_template_.get();

@@ -66,8 +66,9 @@ class EngineThread {
     std::function<void(std::vector<Delivery>&&)> on_deliveries;
   };
 
-  // `shadow_rate`: see engine::ShadowCheck.
-  EngineThread(engine::EngineOptions options, double shadow_rate, Metrics& metrics, Callbacks callbacks);
+  // `chat_template`: its text; empty: the model file's. `shadow_rate`: see engine::ShadowCheck.
+  EngineThread(engine::EngineOptions options, std::string chat_template, double shadow_rate, Metrics& metrics,
+               Callbacks callbacks);
   ~EngineThread();  // as Stop
   EngineThread(const EngineThread&) = delete;
   EngineThread& operator=(const EngineThread&) = delete;
@@ -117,6 +118,7 @@ class EngineThread {
   void UpdateMetrics();
 
   engine::EngineOptions options_;
+  std::string template_source_;
   double shadow_rate_;
   Metrics& metrics_;
   Callbacks callbacks_;

@@ -12,6 +12,7 @@ struct Generations::Call {
   Exchange exchange;
   Tenant& tenant;
   Answer answer;
+  HeldBytes::Hold held;
   std::vector<Ticket> tickets;
   double received_s = MonotonicSeconds();
   bool began = false;     // a stream's headers are out
@@ -53,8 +54,8 @@ void Generations::Start(Exchange& exchange, Tenant& tenant, const GenerationCall
   }
   if (const std::optional<ApiError> error = tenants_.Enter(tenant, sum)) throw *error;
 
-  auto open =
-      std::make_shared<Call>(Call{exchange, tenant, Answer(call, std::move(head), prepared, *model.tokenizer), {}});
+  auto open = std::make_shared<Call>(
+      Call{exchange, tenant, Answer(call, std::move(head), prepared, *model.tokenizer), std::move(prepared.held), {}});
   open->exchange.line().generates = true;
   for (size_t i = 0; i < requests.size(); ++i) {
     const Ticket ticket = next_ticket_++;
@@ -113,8 +114,7 @@ void Generations::OnEvent(Part& part, const Delivery& delivery) {
   if (event.token >= 0 && line.ttft_s == 0) line.ttft_s = MonotonicSeconds() - call.received_s;
   if (event.finish == engine::FinishReason::kError) {
     const bool full = event.error.code() == StatusCode::kResourceExhausted;
-    Fail(call, full ? Unavailable("kv_memory_full", event.error.message())
-                    : ApiError{.status = 500, .message = event.error.message(), .type = "server_error"});
+    Fail(call, full ? Unavailable("kv_memory_full", event.error.message()) : FromEngine(event.error));
     return;
   }
   std::string events;

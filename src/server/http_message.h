@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "server/held_bytes.h"
+
 namespace jointkv::server {
 
 struct HttpRequest {
@@ -17,6 +19,7 @@ struct HttpRequest {
   std::string origin;
   std::string request_id;  // X-Request-Id as sent
   std::string body;
+  HeldBytes::Hold held;  // the body's
 };
 
 using Headers = std::vector<std::pair<std::string, std::string>>;

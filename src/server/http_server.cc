@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <unordered_map>
 #include <utility>
 
@@ -32,13 +33,15 @@ using Local = asio::local::stream_protocol;
 constexpr auto kTick = std::chrono::milliseconds(250);
 constexpr int kBacklog = 1024;
 constexpr int kRefusedMax = 64;  // connections above the limit that are told so
+constexpr int kOtherFiles = 32;  // that are no connections: standard streams, listener, epoll, files being read
 
-// As many as the system allows: each connection takes one.
-void RaiseFileLimit() {
+// As many files as the system allows: each connection takes one. Returns how many connections that leaves room for.
+int RaiseFileLimit() {
   rlimit files{};
-  if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
+  if (getrlimit(RLIMIT_NOFILE, &files) != 0) return std::numeric_limits<int>::max();
   files.rlim_cur = std::min<rlim_t>(files.rlim_max, rlim_t{1} << 16);
   setrlimit(RLIMIT_NOFILE, &files);
+  return std::max(1, static_cast<int>(files.rlim_cur) - kOtherFiles - kRefusedMax);
 }
 
 Status Failed(const std::string& what, const error_code& error) {
@@ -70,7 +73,10 @@ struct HttpServer::Sockets {
 
 HttpServer::HttpServer(const ServerOptions& options, std::string server_name,
                        std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request)
-    : options_(options), server_name_(std::move(server_name)), sockets_(std::make_unique<Sockets>()) {
+    : options_(options),
+      server_name_(std::move(server_name)),
+      held_(options.limits.held_bytes_max),
+      sockets_(std::make_unique<Sockets>()) {
   callbacks_.on_request = std::move(on_request);
   // Later: the caller is one of the connection's own functions.
   callbacks_.on_closed = [this](Connection* connection) {
@@ -84,7 +90,7 @@ HttpServer::~HttpServer() {
 }
 
 Status HttpServer::Listen() {
-  RaiseFileLimit();
+  connections_max_ = std::min(options_.limits.connections_max, RaiseFileLimit());
   RETURN_IF_ERROR(LoadCertificate());
   RETURN_IF_ERROR(options_.unix_socket.empty() ? ListenTcp() : ListenUnix());
   Accept();
@@ -168,14 +174,14 @@ void HttpServer::Accept() {
       });
       return;
     }
-    const auto limit = static_cast<size_t>(options_.limits.connections_max);
+    const auto limit = static_cast<size_t>(connections_max_);
     const size_t present = sockets_->connections.size();
     if (present < limit + kRefusedMax) {
       error_code ignored;
       if (options_.unix_socket.empty()) socket.set_option(tcp::no_delay(true), ignored);
       socket.set_option(asio::socket_base::send_buffer_size(options_.limits.socket_send_bytes), ignored);
       const auto connection =
-          MakeConnection(std::move(socket), sockets_->tls.get(), callbacks_, options_.limits, server_name_);
+          MakeConnection(std::move(socket), sockets_->tls.get(), callbacks_, options_.limits, held_, server_name_);
       sockets_->connections.emplace(connection.get(), connection);
       if (present >= limit && sockets_->tls == nullptr) {
         connection->Refuse(503, "too_many_connections",

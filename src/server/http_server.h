@@ -11,6 +11,7 @@
 
 #include "base/status.h"
 #include "server/connection.h"
+#include "server/held_bytes.h"
 #include "server/limits.h"
 #include "server/options.h"
 
@@ -25,6 +26,8 @@ class HttpServer {
   HttpServer& operator=(const HttpServer&) = delete;
 
   Status Listen();
+  // --max-connections, or less where the system allows the process fewer files. After Listen.
+  int connections_max() const { return connections_max_; }
   // Where: "http://127.0.0.1:8080", "https://...", "unix:/path". After Listen.
   const std::string& address() const { return address_; }
 
@@ -55,6 +58,8 @@ class HttpServer {
   Connection::Callbacks callbacks_;
   std::function<void(double)> on_tick_;
   bool draining_ = false;
+  int connections_max_ = 0;
+  HeldBytes held_;
   std::unique_ptr<Sockets> sockets_;
 };
 

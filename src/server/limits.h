@@ -9,7 +9,8 @@ namespace jointkv::server {
 struct Limits {
   int connections_max = 2048;
   size_t header_bytes_max = size_t{16} << 10;
-  size_t body_bytes_max = size_t{8} << 20;  // above any context in text
+  size_t body_bytes_max = size_t{8} << 20;    // above any context in text
+  size_t held_bytes_max = size_t{256} << 20;  // of all bodies and grammars that have not been answered yet
   int json_depth_max = 64;
 
   double header_timeout_s = 10;  // from a request's first byte (from the connection, for its first request)
@@ -18,9 +19,10 @@ struct Limits {
   double write_timeout_s = 30;  // without a byte taken by the client
   double ping_s = 10;           // a stream that is quiet for so long gets a comment
 
-  // What a client that does not read costs: this much here and about twice `socket_send_bytes` in the kernel.
-  size_t output_bytes_max = size_t{128} << 10;
-  int socket_send_bytes = 64 << 10;
+  // What a client that does not read costs: this much here, and one step of its events, and about twice
+  // `socket_send_bytes` in the kernel.
+  size_t output_bytes_max = size_t{64} << 10;
+  int socket_send_bytes = 32 << 10;
   size_t response_bytes_max = size_t{32} << 20;  // of an answer that is not streamed, estimated beforehand
 
   // Requests that wait for their first token, over all tenants.

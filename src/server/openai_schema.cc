@@ -270,6 +270,9 @@ GenerationCall ParseCommon(const Json& body, std::string_view text, int least_to
     if (!call.stream) throw BadField("stream_options", "is only allowed when stream is true");
     const Json* usage = Find(Object(*options, "stream_options"), "include_usage");
     call.include_usage = usage != nullptr && Bool(*usage, "stream_options.include_usage");
+    const Json* always = Find(*options, "continuous_usage_stats");
+    call.usage_in_chunks =
+        always != nullptr && Bool(*always, "stream_options.continuous_usage_stats") && call.include_usage;
   }
   if (const Json* fusion = Find(body, "kv_fusion")) call.kv_fusion = FusionSwitch(*fusion);
   call.reports_kv = BoolOr(body, "kv", false);

@@ -34,10 +34,11 @@ struct GenerationCall {
   bool names_max_tokens = false;  // else sampling.max_tokens is a default, cut to what the context leaves
   bool stream = false;
   bool include_usage = false;
-  bool echo = false;        // completions: the text begins with the prompt
-  bool kv_fusion = true;    // "kv_fusion": "on" or "off"
-  bool reports_kv = false;  // "kv": true
-  bool embed = false;       // embeddings: `prompts` as vectors
+  bool usage_in_chunks = false;  // vLLM's continuous_usage_stats
+  bool echo = false;             // completions: the text begins with the prompt
+  bool kv_fusion = true;         // "kv_fusion": "on" or "off"
+  bool reports_kv = false;       // "kv": true
+  bool embed = false;            // embeddings: `prompts` as vectors
   bool base64 = false;
   std::optional<int> dimensions;
   std::string json_schema;  // of the output; empty: any text

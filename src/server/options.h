@@ -16,8 +16,9 @@ struct ServerOptions {
   std::string tls_cert;     // PEM files; both or neither
   std::string tls_key;
   std::vector<std::string> cors_origins;
-  std::string api_keys;    // file; empty: no keys
-  std::string model_name;  // as clients name it; empty: the file's
+  std::string api_keys;       // file; empty: no keys
+  std::string model_name;     // as clients name it; empty: the file's
+  std::string chat_template;  // text; empty: the model file's
   double drain_timeout_s = 30;
   LogFormat log_format = LogFormat::kText;
   double shadow_rate = 0;  // share of requests that run again with exact K and V when the engine is idle

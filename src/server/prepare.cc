@@ -124,7 +124,7 @@ std::vector<TokenId> EncodeMessages(const std::vector<text::ChatMessage>& messag
   return EncodePrompt(Render(messages, {}, options, model), model);
 }
 
-Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits) {
+Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits, HeldBytes::Hold held) {
   GenerationCall checked = call;
   engine::SamplingParams with_output = call.sampling;
   with_output.max_tokens = std::max(with_output.max_tokens, 1);
@@ -158,6 +158,11 @@ Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limit
   }
   Prepared prepared;
   prepared.format = chat.format;
+  const std::shared_ptr<text::Grammar> grammar = CompileGrammar(call, chat, model);
+  prepared.held = std::move(held);
+  if (!prepared.held.Set(grammar == nullptr ? 0 : grammar->bytes())) {
+    throw Unavailable("server_busy", "the server holds as many grammars and requests as --max-held-bytes allows");
+  }
   for (std::vector<TokenId>& prompt : prompts) {
     checked.sampling = call.sampling;
     CheckContext(prompt, checked, name, model);
@@ -167,7 +172,7 @@ Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limit
     request.sampling = checked.sampling;
     request.sampling.stop.insert(request.sampling.stop.end(), chat.stops.begin(), chat.stops.end());
     request.visible_tokens = chat.visible_tokens;
-    request.grammar = CompileGrammar(call, chat, model);
+    request.grammar = grammar;
     request.kv_fusion = call.kv_fusion;
     request.embed = call.embed;
     if (call.echo && call.sampling.logprobs >= 0) request.prompt_logprobs = call.sampling.logprobs;

@@ -35,7 +35,7 @@ class Server {
               [this](HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
                 api_.Handle(std::move(request), std::move(channel));
               }),
-        engine_(engine_options, options.shadow_rate, metrics_,
+        engine_(engine_options, options.chat_template, options.shadow_rate, metrics_,
                 {[this](const Status& status) { http_.Post([this, status] { OnLoaded(status); }); },
                  [this](std::vector<Delivery>&& deliveries) {
                    // Asio's handlers are copyable.
@@ -51,6 +51,10 @@ class Server {
     for (const Tenant& tenant : tenants_.tenants()) metrics_.NameTenant(tenant.domain, tenant.name);
     RETURN_IF_ERROR(http_.Listen());
     log_.Info("listening on " + http_.address() + ", loading the model");
+    if (http_.connections_max() < options_.limits.connections_max) {
+      log_.Info("the limit of open files allows " + std::to_string(http_.connections_max()) +
+                " connections, fewer than --max-connections " + std::to_string(options_.limits.connections_max));
+    }
     http_.OnSignal([this](int signal) { OnSignal(signal); });
     http_.OnTick([this](double now_s) { OnTick(now_s); });
     engine_.Start();

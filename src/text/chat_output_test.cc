@@ -178,6 +178,12 @@ TEST_F(ChatOutputTest, GrammarsHoldToTheChoice) {
   EXPECT_FALSE(required.grammar.lazy);
   EXPECT_TRUE(Complete(required, kCall));
   EXPECT_FALSE(Complete(required, "Just text."));
+  EXPECT_FALSE(Complete(required, std::string("Text. ") + kCall));
+  const std::string twice = std::string(kCall) + "\n" + kCall;
+  EXPECT_FALSE(Complete(required, twice));
+  options.parallel_tool_calls = true;
+  EXPECT_TRUE(Complete(RenderTools(kHermes, options), twice));
+  options.parallel_tool_calls = false;
 
   options.tool_name = "get_time";
   const ChatPrompt named = RenderTools(kHermes, options);

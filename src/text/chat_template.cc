@@ -61,6 +61,7 @@ Expected<Tool> Prepare(const Tool& tool) {
   if (!tool.parameters_json.empty()) {
     ASSIGN_OR_RETURN(out.parameters_json,
                      ExpressibleSchema(SanitizeUtf8(tool.parameters_json), "parameters of tool '" + out.name + "'"));
+    RETURN_IF_ERROR(JsonSchemaToGbnf(out.parameters_json, "parameters of tool '" + out.name + "'").status());
   }
   return out;
 }
@@ -116,6 +117,27 @@ common_chat_templates_inputs MakeInputs(const Conversation& conversation, const 
     inputs.tool_choice = COMMON_CHAT_TOOL_CHOICE_NONE;
   }
   return inputs;
+}
+
+// The library's grammar of a required call has any text before it, in which a small model loses itself, and calls
+// without end where one was asked for. Its rules are known by their names; without them the grammar stays as it is.
+void HoldToChoice(const common_chat_templates_inputs& inputs, bool thinks, std::string& gbnf) {
+  const auto replace = [&gbnf](std::string_view from, std::string_view to) {
+    const size_t at = gbnf.find(from);
+    if (at != std::string::npos) gbnf.replace(at, from.size(), to);
+  };
+  if (!inputs.parallel_tool_calls) {
+    replace("\ntool-calls ::= (tool-call space)+", "\ntool-calls ::= tool-call space");
+    replace("\ntool-calls ::= (tool-call? space)+", "\ntool-calls ::= tool-call? space");
+  }
+  if (inputs.tool_choice != COMMON_CHAT_TOOL_CHOICE_REQUIRED || thinks) return;
+  static constexpr std::string_view kRoot = "\nroot ::=";
+  const size_t root = gbnf.find(kRoot);
+  if (root == std::string::npos) return;
+  const size_t until = gbnf.find(" until-", root);
+  if (until == std::string::npos || until > gbnf.find('\n', root + kRoot.size())) return;
+  const size_t end = gbnf.find_first_not_of("0123456789", until + std::string_view(" until-").size());
+  if (gbnf.compare(end, 1, "?") == 0) gbnf.erase(until, end + 1 - until);
 }
 
 // Only then do the library's adaptations to a model's tool format matter; they cost many renderings of the template.
@@ -217,6 +239,14 @@ Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::Create(const Tokenizer& to
   return Status(StatusCode::kInternal, "chat template: " + Reason(error.what()));
 }
 
+Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::CreateAsGiven(const Tokenizer& tokenizer,
+                                                                    const std::string& override_template) {
+  ASSIGN_OR_RETURN(std::unique_ptr<ChatTemplate> out, Create(tokenizer, override_template));
+  if (override_template.empty() || !out->is_fallback_) return out;
+  const std::string& warning = out->warning_;
+  return Status(StatusCode::kInvalidArgument, "--chat-template: " + warning.substr(0, warning.rfind("; using")));
+}
+
 Expected<ChatPrompt> ChatTemplate::Render(std::span<const ChatMessage> messages, std::span<const Tool> tools,
                                           const ChatOptions& options) const try {
   ASSIGN_OR_RETURN(Conversation conversation, Prepare(messages, tools, options));
@@ -274,6 +304,7 @@ Status ChatTemplate::AddFormat(const common_chat_params& params, const common_ch
   out.visible_tokens = TokensOf(marks);
   if (params.grammar.empty()) return Status::Ok();
   out.grammar.gbnf = params.grammar;
+  HoldToChoice(inputs, thinks_, out.grammar.gbnf);
   out.grammar.lazy = params.grammar_lazy;
   out.grammar.prefill = params.generation_prompt;
   out.grammar.visible_tokens = out.visible_tokens;

@@ -80,6 +80,9 @@ class ChatTemplate {
   // An empty override_template means the one in the model file.
   static Expected<std::unique_ptr<ChatTemplate>> Create(const Tokenizer& tokenizer,
                                                         const std::string& override_template = "");
+  // As Create, but an override_template that fails is a Status: whoever names one does not want another.
+  static Expected<std::unique_ptr<ChatTemplate>> CreateAsGiven(const Tokenizer& tokenizer,
+                                                               const std::string& override_template);
   ~ChatTemplate();
   ChatTemplate(const ChatTemplate&) = delete;
   ChatTemplate& operator=(const ChatTemplate&) = delete;

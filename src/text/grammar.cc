@@ -132,13 +132,15 @@ Expected<std::shared_ptr<Grammar>> Grammar::AnyJsonObject(const Tokenizer& token
   return FromJsonSchema(tokenizer, R"({"type":"object"})");
 }
 
+size_t Grammar::bytes() const { return spec_.gbnf.size() + automaton_->machine.bytes(); }
+
 bool Grammar::IsVisible(TokenId token) const {
   return std::ranges::find(spec_.visible_tokens, token) != spec_.visible_tokens.end();
 }
 
 void Grammar::Fail() {
   if (!status_.ok()) return;
-  status_ = {StatusCode::kResourceExhausted,
+  status_ = {StatusCode::kInvalidArgument,
              "grammar: it is too ambiguous, or the text nests too deep in it, to go on within its memory and time"};
   masks_.clear();
 }

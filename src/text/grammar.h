@@ -55,6 +55,8 @@ class Grammar {
   // Not ok once a limit was reached.
   const Status& status() const { return status_; }
   const GrammarSpec& spec() const { return spec_; }
+  // Roughly what it takes as compiled; what it learns while it runs comes on top.
+  size_t bytes() const;
 
  private:
   friend class GrammarState;

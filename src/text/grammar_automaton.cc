@@ -241,11 +241,21 @@ Expected<GrammarAutomaton> GrammarAutomaton::Create(const Gbnf& grammar, const G
   out.limits_ = limits;
   RETURN_IF_ERROR(Builder(grammar, out).Build());
   out.MakeByteClasses();
+  out.FindDrained();
   out.stacks_.emplace_back();  // kBottom
   const Head first{out.rule_start_[grammar.root], kBottom};
   out.start_ = out.Close({&first, 1});
   if (out.start_ < 0) return TooLarge("ways to begin", limits.work_of_byte_max);
   return out;
+}
+
+size_t GrammarAutomaton::bytes() const {
+  size_t sum = states_.capacity() * sizeof(State);
+  for (const State& state : states_) {
+    sum += state.bytes.capacity() * sizeof(state.bytes[0]) + state.calls.capacity() * sizeof(state.calls[0]) +
+           state.empty.capacity() * sizeof(state.empty[0]);
+  }
+  return sum;
 }
 
 void GrammarAutomaton::MakeByteClasses() {
@@ -261,6 +271,29 @@ void GrammarAutomaton::MakeByteClasses() {
   for (int byte = 0; byte < 256; ++byte) {
     if (begins[byte]) ++n_classes_;
     class_of_[byte] = static_cast<uint8_t>(n_classes_ - 1);
+  }
+}
+
+void GrammarAutomaton::FindDrained() {
+  std::vector<std::vector<int32_t>> reached_from(states_.size());
+  std::vector<size_t> open(states_.size());  // targets that are not known to be drained
+  std::vector<int32_t> found;
+  for (size_t i = 0; i < states_.size(); ++i) {
+    const State& state = states_[i];
+    for (const int32_t target : state.empty) reached_from[target].push_back(static_cast<int32_t>(i));
+    open[i] = state.empty.size();
+    if (state.final && state.bytes.empty() && state.calls.empty() && state.empty.empty()) {
+      found.push_back(static_cast<int32_t>(i));
+    }
+  }
+  while (!found.empty()) {
+    const int32_t drained = found.back();
+    found.pop_back();
+    states_[drained].drained = true;
+    for (const int32_t before : reached_from[drained]) {
+      const State& state = states_[before];
+      if (--open[before] == 0 && state.bytes.empty() && state.calls.empty()) found.push_back(before);
+    }
   }
 }
 
@@ -331,8 +364,7 @@ void GrammarAutomaton::Visit(Head head) {
   if (!state.bytes.empty()) heads_.push_back(head);
   for (const int32_t next : state.empty) Push({next, head.stack});
   for (const auto& [rule, returns_to] : state.calls) {
-    const State& after = states_[returns_to];
-    if (after.final && after.bytes.empty() && after.calls.empty() && after.empty.empty()) {
+    if (states_[returns_to].drained) {
       // Nothing is left to do after the call, so it needs no entry: lists that recurse to the right stay flat.
       Push({rule_start_[rule], head.stack});
       continue;

@@ -46,6 +46,7 @@ class GrammarAutomaton {
   // The text up to here is complete.
   bool Accepts(Configuration at) const { return configurations_[at].accepts; }
   bool over_limit() const { return over_limit_; }
+  size_t bytes() const;  // of its states
   // Complete, and nothing may follow.
   bool Ends(Configuration at) const { return Accepts(at) && configurations_[at].heads.empty(); }
 
@@ -60,6 +61,7 @@ class GrammarAutomaton {
     std::vector<std::pair<int32_t, int32_t>> calls;  // rule, state to return to
     std::vector<int32_t> empty;                      // targets of edges that read nothing
     bool final = false;
+    bool drained = false;  // nothing is read from here on: only final states are reached
   };
   struct Stack {
     int32_t returns_to = 0;
@@ -86,6 +88,7 @@ class GrammarAutomaton {
 
   GrammarAutomaton() = default;
   void MakeByteClasses();
+  void FindDrained();
   Configuration Compute(Configuration from, unsigned char byte);
   Configuration Close(std::span<const Head> kernel);
   void Push(Head head);

@@ -288,6 +288,20 @@ TEST_F(GrammarTest, CopiesGoOnApart) {
   for (const TokenId id : Allowed(first)) EXPECT_TRUE(tokenizer_->IsEndOfGeneration(id));
 }
 
+// As the library writes "any text until", in several alternatives: thousands of calls deep without end.
+TEST_F(GrammarTest, RecursionToTheRightIsALoop) {
+  const auto grammar =
+      Compile("root ::= any \"<end>\"\nany ::= | [<] open | [^<] any\nopen ::= | [<] open | [^<e] any");
+  GrammarState state(grammar);
+  for (int i = 0; i < 20000; ++i) {
+    ASSERT_TRUE(state.Allows(First("a"))) << i << " " << state.status().ToString();
+    state.Accept(First("a"));
+  }
+  EXPECT_FALSE(state.Allows(*tokenizer_->eos()));
+  for (const TokenId token : Tokens("<end>")) state.Accept(token);
+  EXPECT_TRUE(state.Allows(*tokenizer_->eos())) << state.status().ToString();
+}
+
 TEST_F(GrammarTest, LogitsBeyondTheVocabularyAreMasked) {
   const auto grammar = Compile("root ::= .*");
   std::vector<float> logits(static_cast<size_t>(tokenizer_->n_vocab()) + 100);

@@ -103,7 +103,7 @@ class Leaving(unittest.TestCase):
 
 class SlowClients(unittest.TestCase):
     def test_a_client_that_never_reads_is_cut(self):
-        server = Server("--max-output-bytes", "16K")
+        server = Server()
         self.addCleanup(stop, server)
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -112,12 +112,20 @@ class SlowClients(unittest.TestCase):
             client.sendall(request("POST", COMPLETION, {**LONG, "stream": True, "logprobs": 20}))
             server.wait_until(lambda: server.use()["running"] == 1, "the request to run")
             server.wait_until(lambda: server.use()["running"] == 0, "the client to be cut")
-            # Far less than the whole: what the buffers hold.
+            # What the kernel's buffers hold. With --max-output-bytes (64K) that is less than 256 KiB.
             sent = 0
             with contextlib.suppress(ConnectionResetError):
                 while data := client.recv(65536):
                     sent += len(data)
-            self.assertLess(sent, 512 << 10)
+            self.assertLess(sent, 192 << 10)
+
+    def test_a_reader_is_not_cut_for_large_steps(self):
+        server = Server("--max-output-bytes", "1K")
+        self.addCleanup(stop, server)
+        (status, _, body), = server.raw(request("POST", COMPLETION, {
+            **LONG, "max_tokens": 12, "n": 24, "logprobs": 20, "stream": True}, [("Connection", "close")]))
+        self.assertEqual(status, 200)
+        self.assertEqual(events(body)[-1], "[DONE]")
 
     def test_slow_readers_get_all(self):
         server = Server()
@@ -149,6 +157,31 @@ class SlowClients(unittest.TestCase):
 
 
 class Crowds(unittest.TestCase):
+    def test_bodies_have_a_common_limit(self):
+        server = Server("--max-body-bytes", "1M", "--max-held-bytes", "100K")
+        self.addCleanup(stop, server)
+        body = request("POST", COMPLETION, {"prompt": "word " * 18000, "max_tokens": 1}, [("Connection", "close")])
+        with server.connect() as first:
+            first.sendall(body[:-10])
+            server.wait_until(lambda: server.raw(body)[0][0] == 503, "a refusal")
+            status, headers, answer = server.raw(body)[0]
+            self.assertEqual((status, json.loads(answer)["error"]["code"]), (503, "server_busy"))
+            self.assertIn("retry-after", headers)
+            self.assertEqual(server.post(COMPLETION, {"prompt": "a", "max_tokens": 1})[0], 200)
+        # Too long for the context, but read.
+        server.wait_until(lambda: server.raw(body)[0][0] == 400, "room for it")
+
+    def test_fewer_files_than_connections(self):
+        server = Server(files_max=128)
+        self.addCleanup(stop, server)
+        self.assertTrue(any("fewer than --max-connections" in line for line in server.lines), server.lines)
+        with contextlib.ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(server.connect())
+            self.assertEqual(server.raw(request("GET", "/health"))[0][0], 503)
+        server.wait_until(lambda: server.raw(request("GET", "/health", headers=[("Connection", "close")]))[0][0] == 200,
+                          "room")
+
     def test_connections_are_limited(self):
         server = Server("--max-connections", 8)
         self.addCleanup(stop, server)

@@ -192,6 +192,27 @@ class OpenAi(unittest.TestCase):
         self.assertEqual(sum(len(chunk.choices[0].logprobs.tokens) for chunk in chunks
                              if chunk.choices and chunk.choices[0].logprobs), 7)
 
+    def test_text_offsets(self):
+        for prompt in ("Grüße aus Zürich, 日本!", [5, 6, 7, 300]):
+            only, = self.complete(prompt=prompt, echo=True, logprobs=0, max_tokens=4, temperature=0).choices
+            offsets, tokens = only.logprobs.text_offset, only.logprobs.tokens
+            self.assertEqual(offsets, sorted(offsets))
+            for offset, token in zip(offsets, tokens):
+                if "\ufffd" not in token:
+                    self.assertEqual(only.text[offset:offset + len(token)], token, (offsets, tokens, only.text))
+
+    def test_usage_in_every_chunk(self):
+        chunks = list(self.chat(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}))
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        self.assertEqual(counts, sorted(counts))
+        self.assertEqual(counts[-1], counts[-2])
+
+    def test_tokenizer_info(self):
+        told = json.loads(self.server.call("GET", "/tokenizer_info")[2])
+        self.assertIn("<|im_start|>", told["chat_template"])
+        self.assertEqual(told["eos_token"], "<|im_end|>")
+        self.assertGreater(told["vocab_size"], 1000)
+
     def test_embeddings(self):
         texts = ["A cat sat on the mat.", "A cat sat on a mat.", "Interest rates rose again."]
         answer = self.client.embeddings.create(model="test-model", input=texts)  # asks for base64

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ def model_path():
 class Server:
     """`jointkv serve` on a free port. Ends with the process that made it."""
 
-    def __init__(self, *arguments, env=None, address=("--port", "0"), ready=True):
+    def __init__(self, *arguments, env=None, address=("--port", "0"), ready=True, files_max=None):
         self.lines = []
         self.address = None
         self.ready = threading.Event()
@@ -36,7 +37,8 @@ class Server:
         self.process = subprocess.Popen(
             [PROGRAM, "serve", *map(str, address), *KV, *map(str, arguments)], stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL, encoding="utf-8", errors="replace",
-            env=None if env is None else {**os.environ, **env})
+            env=None if env is None else {**os.environ, **env},
+            preexec_fn=files_max and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))))
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         self.wait(self.listening)

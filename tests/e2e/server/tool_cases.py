@@ -1,0 +1,108 @@
+"""Tools end to end: a template that knows them, and a small model that is held to their schemas."""
+
+import json
+import pathlib
+import unittest
+
+import openai
+
+from support import Server
+
+TEMPLATE = pathlib.Path(__file__).with_name("hermes.jinja")
+
+
+def tool(name, **properties):
+    return {"type": "function", "function": {
+        "name": name, "description": f"Tells the {name}.",
+        "parameters": {"type": "object", "properties": properties, "required": list(properties),
+                       "additionalProperties": False}}}
+
+
+CITY = {"type": "string", "enum": ["Paris", "Rome", "Bern"]}
+TOOLS = [tool("weather", city=CITY, days={"type": "integer", "minimum": 1, "maximum": 9}), tool("time", city=CITY)]
+QUESTION = [{"role": "user", "content": "What is the weather in Bern?"}]
+
+
+class Tools(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server("--chat-template", TEMPLATE)
+        cls.client = openai.OpenAI(base_url=cls.server.address + "/v1", api_key="none", max_retries=0)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.client.close()
+        assert cls.server.stop() == 0, "\n".join(cls.server.lines[-20:])
+
+    def chat(self, **fields):
+        return self.client.chat.completions.create(
+            **{"model": "", "messages": QUESTION, "max_tokens": 200, "tools": TOOLS, "seed": 1, **fields})
+
+    def check(self, call, name=None):
+        function = call.function
+        self.assertIn(function.name, [name] if name else ["weather", "time"])
+        arguments = json.loads(function.arguments)
+        self.assertIn(arguments["city"], CITY["enum"])
+        self.assertEqual(set(arguments), {"city", "days"} if function.name == "weather" else {"city"})
+        self.assertIn(arguments.get("days", 1), range(1, 10))
+
+    def test_a_required_call_follows_its_schema(self):
+        for seed in range(4):
+            with self.subTest(seed=seed):
+                choice, = self.chat(tool_choice="required", seed=seed).choices
+                self.assertEqual(choice.finish_reason, "tool_calls")
+                self.assertFalse(choice.message.content)
+                for call in choice.message.tool_calls:
+                    self.assertTrue(call.id)
+                    self.check(call)
+
+    def test_a_named_function(self):
+        for name in ("weather", "time"):
+            with self.subTest(name=name):
+                choice, = self.chat(tool_choice={"type": "function", "function": {"name": name}}).choices
+                for call in choice.message.tool_calls:
+                    self.check(call, name)
+
+    def test_one_call_when_not_parallel(self):
+        for seed in range(4):
+            with self.subTest(seed=seed):
+                choice, = self.chat(tool_choice="required", parallel_tool_calls=False, seed=seed).choices
+                self.assertEqual(len(choice.message.tool_calls), 1)
+
+    def test_streamed_calls_add_up(self):
+        names, arguments, reason = {}, {}, None
+        for chunk in self.chat(tool_choice="required", stream=True):
+            delta = chunk.choices[0].delta
+            reason = chunk.choices[0].finish_reason or reason
+            for call in delta.tool_calls or []:
+                if call.id:
+                    self.assertNotIn(call.index, names)
+                    names[call.index] = call.function.name
+                arguments[call.index] = arguments.get(call.index, "") + (call.function.arguments or "")
+        self.assertEqual(reason, "tool_calls")
+        self.assertTrue(names)
+        for index, name in names.items():
+            self.assertIn(name, ["weather", "time"])
+            self.assertIn(json.loads(arguments[index])["city"], CITY["enum"])
+
+    def test_auto_and_none(self):
+        for choice in ("auto", "none"):
+            with self.subTest(choice=choice):
+                answer, = self.chat(tool_choice=choice, max_tokens=30).choices
+                if choice == "none" or not answer.message.tool_calls:
+                    self.assertIsNotNone(answer.message.content)
+
+    def test_results_go_back(self):
+        first, = self.chat(tool_choice="required", parallel_tool_calls=False).choices
+        call, = first.message.tool_calls
+        answer, = self.chat(messages=[*QUESTION, first.message,
+                                      {"role": "tool", "tool_call_id": call.id, "content": "Sunny, 20 degrees."}],
+                            max_tokens=20, tool_choice="none").choices
+        self.assertTrue(answer.message.content)
+
+    def test_a_schema_that_cannot_be_is_refused(self):
+        for schema in ({"type": "nonsense"}, {"$ref": "#/nowhere"}):
+            bad = {"type": "function", "function": {"name": "bad", "parameters": schema}}
+            with self.subTest(schema=schema), self.assertRaises(openai.BadRequestError) as caught:
+                self.chat(tools=[bad], tool_choice="required")
+            self.assertEqual(caught.exception.param, "tools")
