@@ -257,8 +257,8 @@ class Eval(Case):
         self.assertEqual(xml.etree.ElementTree.parse(plot).getroot().tag, "{http://www.w3.org/2000/svg}svg")
 
     def test_differences(self):
-        done = run("eval", *self.SMALL, "--policy", "bounded", "--kv-budget", "0.02", "--kv-residuals", "on", "--json",
-                   "-", *KV)
+        done = run("eval", *self.SMALL[2:], "--requests", 5, "--policy", "bounded", "--kv-budget", "0.02",
+                   "--kv-residuals", "on", "--json", "-", *KV)
         self.assertEqual(done.returncode, 0, done.stderr)
         result, = json.loads(done.stdout)["results"]
         self.assertTrue(result["residuals"])
