@@ -65,7 +65,8 @@ void KvCache::CheckSequence(const Sequence& s, Recount& recount) const {
 void KvCache::CheckIntegrity() const {
   arena_->CheckIntegrity();
   index_.CheckIntegrity();
-  int ids = 0;  // beyond these nobody names any
+  // Ids beyond what anybody names have nothing to count; were a block in use there, used bytes would not add up.
+  int ids = 0;
   const auto see = [&](BlockId block) {
     if (block.valid()) ids = std::max({ids, block.value + 1, base(block).value + 1});
   };
@@ -111,8 +112,8 @@ void KvCache::CheckIntegrity() const {
     const bool idle = recount.refs[i] == recount.index_refs[i];
     Count(recount, of, recount.caps[i], recount.domains[i], idle);
   }
-  for (int i = 0; i < arena_->total_ids(); ++i) {
-    CHECK(refs_[i] == (i < ids ? recount.refs[i] : 0) && index_refs_[i] == (i < ids ? recount.index_refs[i] : 0));
+  for (int i = 0; i < ids; ++i) {
+    CHECK(recount.refs[i] == refs_[i] && recount.index_refs[i] == index_refs_[i]);
     CHECK(refs_[i] > 0 || (marks_[i] == 0 && bases_[i] == 0));
   }
   CHECK(recount.used == arena_->used_bytes() && recount.running == running_bytes_ && tokens == logical_tokens_);
