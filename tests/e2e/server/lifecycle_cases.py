@@ -260,6 +260,71 @@ class TenantsCase(unittest.TestCase):
             self.assertEqual(body["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, cached, name)
 
 
+class TwoTenants(unittest.TestCase):
+    """The same prompts from two tenants: nothing of one shows in what the other gets."""
+
+    WORDS = "one two three four five six seven eight nine ten. " * 30
+
+    def test_bytes_hits_and_tokens(self):
+        with scratch() as path:
+            (path / "keys.json").write_text(json.dumps(
+                [{"key": f"{name}-key-1", "tenant": name, "admin": name == "ops"} for name in ("alpha", "beta", "ops")]))
+            server = Server("--api-keys", path / "keys.json", "--deterministic")
+            self.addCleanup(stop, server)
+            ops = TenantsCase.key("ops")
+            prompts = [f"Request {i}. {self.WORDS}" for i in range(3)]
+
+            def ask(name, index):
+                body = {"prompt": prompts[index], "max_tokens": 24, "temperature": 0.8, "seed": index, "logprobs": 1}
+                return json.loads(server.post(COMPLETION, body, TenantsCase.key(name))[2])
+
+            def told(answer):
+                return answer["choices"][0]["text"], answer["choices"][0]["logprobs"]["token_logprobs"]
+
+            def hits():
+                return server.metric("vllm:prefix_cache_hits_total", ops)
+
+            alone = [ask("alpha", i) for i in range(3)]
+            before = hits()
+            first = ask("beta", 0)
+            self.assertEqual(first["usage"]["prompt_tokens_details"]["cached_tokens"], 0)
+            self.assertEqual(hits(), before)
+            self.assertEqual(told(first), told(alone[0]))
+            # Beside the other's load, which asks for the same.
+            stopping = threading.Event()
+
+            def load():
+                while not stopping.is_set():
+                    for i in range(3):
+                        ask("beta", i)
+
+            threads = [threading.Thread(target=load) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            beside = [ask("alpha", i) for i in range(3)]
+            stopping.set()
+            for thread in threads:
+                thread.join()
+            self.assertEqual([told(answer) for answer in beside], [told(answer) for answer in alone])
+
+            def running(names):
+                """KV bytes while these tenants run the same prompt."""
+                with contextlib.ExitStack() as stack:
+                    for name in names:
+                        client = stack.enter_context(server.connect())
+                        client.sendall(request("POST", COMPLETION, {"prompt": prompts[0], "max_tokens": 2000, "stream": True,
+                                                                    "ignore_eos": True}, TenantsCase.key(name)))
+                    server.wait_until(lambda: server.metric("vllm:num_requests_running", ops) == len(names), "them to run")
+                    used = [line for line in server.metrics(ops).splitlines()
+                            if line.startswith("jointkv_kv_bytes{") and 'kind="running"' in line]
+                server.wait_until(lambda: server.metric("vllm:num_requests_running", ops) == 0, "them to end")
+                return float(used[0].rsplit(" ", 1)[1])
+
+            both, one = running(["alpha", "beta"]), running(["alpha"])
+            self.assertGreater(both, 1.8 * one)
+            self.assertLess(running(["alpha", "alpha"]), 1.5 * one)
+
+
 class Ends(unittest.TestCase):
     def test_drain_lets_answers_finish(self):
         server = Server()

@@ -48,7 +48,7 @@ if __name__ == "__main__":
     if not support.model_path().is_file():
         skip(f"there is no model file {support.model_path()}; `make setup` fetches it")
     from http_cases import Fields, Protocol, Streams  # noqa: F401
-    from lifecycle_cases import Crowds, Ends, Leaving, SlowClients, Sockets, TenantsCase  # noqa: F401
+    from lifecycle_cases import Crowds, Ends, Leaving, SlowClients, Sockets, TenantsCase, TwoTenants  # noqa: F401
     from openai_cases import OpenAi  # noqa: F401
     from tool_cases import Tools  # noqa: F401
     unittest.main(verbosity=2)
