@@ -259,3 +259,6 @@ def run_main(main):
     except KeyboardInterrupt:
         say("\ninterrupted; every engine was stopped")
         sys.exit(130)
+    except Failed as error:
+        say(error)
+        sys.exit(1)

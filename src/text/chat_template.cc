@@ -193,45 +193,42 @@ ChatTemplate::ChatTemplate(const Tokenizer& tokenizer, std::unique_ptr<Parsed> p
 }
 ChatTemplate::~ChatTemplate() = default;
 
-Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::Create(const Tokenizer& tokenizer,
-                                                             const std::string& override_template) try {
+Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::FromSource(const Tokenizer& tokenizer,
+                                                                 const std::string& override_template) {
   const llama_model* model = tokenizer.vocabulary_->model.get();
   const auto text_of = [&](const char* name) {
     const char* text = llama_model_chat_template(model, name);
     return std::string(text == nullptr ? "" : text);
   };
-  const std::string own = text_of(nullptr);
-  const std::string tool_use = text_of("tool_use");
-  std::string warning;
-  if (override_template.empty() && own.empty() && tool_use.empty()) {
-    warning = "the model file has no chat template";
+  std::string main = override_template;
+  if (override_template.empty()) {
+    const std::string own = text_of(nullptr);
+    const std::string tool_use = text_of("tool_use");
+    if (own.empty() && tool_use.empty()) return Status(StatusCode::kNotFound, "the model file has no chat template");
+    RETURN_IF_ERROR(CheckTemplateShape(own));
+    RETURN_IF_ERROR(CheckTemplateShape(tool_use));
+    main = own.empty() ? tool_use : own;
   } else {
-    const auto try_out = [&]() -> Status {
-      if (override_template.empty()) {
-        RETURN_IF_ERROR(CheckTemplateShape(own));
-        RETURN_IF_ERROR(CheckTemplateShape(tool_use));
-      } else {
-        RETURN_IF_ERROR(CheckTemplateShape(override_template));
-      }
-      return TryInChild([&] { Parsed::Make(model, override_template); });
-    };
-    const Status status = try_out();
-    if (status.ok()) {
-      try {
-        // The library's own initialisation drops the parser's message, so parse once for it.
-        const std::string& main = !override_template.empty() ? override_template : own.empty() ? tool_use : own;
-        if (main != kChatMl) common_chat_template(main, "", "");
-        return std::unique_ptr<ChatTemplate>(new ChatTemplate(tokenizer, Parsed::Make(model, override_template)));
-      } catch (const std::exception& error) {
-        warning = "the chat template failed: " + Reason(error.what());
-      }
-    } else {
-      warning = status.message();
-    }
+    RETURN_IF_ERROR(CheckTemplateShape(override_template));
   }
-  std::unique_ptr<ChatTemplate> out(new ChatTemplate(tokenizer, Parsed::Make(model, kChatMl)));
+  RETURN_IF_ERROR(TryInChild([&] { Parsed::Make(model, override_template); }));
+  try {
+    // The library's own initialisation drops the parser's message, so parse once for it.
+    if (main != kChatMl) common_chat_template(main, "", "");
+    return std::unique_ptr<ChatTemplate>(new ChatTemplate(tokenizer, Parsed::Make(model, override_template)));
+  } catch (const std::exception& error) {
+    return Status(StatusCode::kInvalidArgument, "the chat template failed: " + Reason(error.what()));
+  }
+}
+
+Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::Create(const Tokenizer& tokenizer,
+                                                             const std::string& override_template) try {
+  Expected<std::unique_ptr<ChatTemplate>> wanted = FromSource(tokenizer, override_template);
+  if (wanted.ok()) return wanted;
+  std::unique_ptr<ChatTemplate> out(
+      new ChatTemplate(tokenizer, Parsed::Make(tokenizer.vocabulary_->model.get(), kChatMl)));
   out->is_fallback_ = true;
-  out->warning_ = warning + "; using ChatML";
+  out->warning_ = wanted.status().message() + "; using ChatML";
   // A model that never saw the marker as one token writes it as text.
   out->parsed_->stops.push_back(kChatMlStop);
   return out;
@@ -241,10 +238,7 @@ Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::Create(const Tokenizer& to
 
 Expected<std::unique_ptr<ChatTemplate>> ChatTemplate::CreateAsGiven(const Tokenizer& tokenizer,
                                                                     const std::string& override_template) {
-  ASSIGN_OR_RETURN(std::unique_ptr<ChatTemplate> out, Create(tokenizer, override_template));
-  if (override_template.empty() || !out->is_fallback_) return out;
-  const std::string& warning = out->warning_;
-  return Status(StatusCode::kInvalidArgument, "--chat-template: " + warning.substr(0, warning.rfind("; using")));
+  return override_template.empty() ? Create(tokenizer) : FromSource(tokenizer, override_template);
 }
 
 Expected<ChatPrompt> ChatTemplate::Render(std::span<const ChatMessage> messages, std::span<const Tool> tools,

@@ -106,6 +106,9 @@ class ChatTemplate {
   struct Parsed;  // the library's objects
 
   ChatTemplate(const Tokenizer& tokenizer, std::unique_ptr<Parsed> parsed);
+  // Without a fallback.
+  static Expected<std::unique_ptr<ChatTemplate>> FromSource(const Tokenizer& tokenizer,
+                                                            const std::string& override_template);
   Expected<std::vector<TokenId>> EncodeRest(std::string_view text) const;
   Status AddFormat(const common_chat_params& params, const common_chat_templates_inputs& inputs, ChatPrompt& out) const;
   std::vector<TokenId> TokensOf(const std::vector<std::string>& marks) const;

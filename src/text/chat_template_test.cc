@@ -205,6 +205,7 @@ TEST_F(ChatTemplateTest, BrokenTemplatesFallBackToChatMl) {
     ASSERT_NE(chat, nullptr);
     EXPECT_TRUE(chat->is_fallback()) << source.substr(0, 60);
     EXPECT_TRUE(chat->warning().ends_with("; using ChatML")) << chat->warning();
+    EXPECT_FALSE(ChatTemplate::CreateAsGiven(*tokenizer_, source).ok()) << source.substr(0, 60);
     const auto prompt = chat->Render({&kUser, 1});
     ASSERT_TRUE(prompt.ok()) << prompt.status().ToString();
     EXPECT_EQ(prompt->text, "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n");

@@ -159,6 +159,11 @@ class Generate(Case):
     def test_usage_errors(self):
         self.assert_usage("--prompt", "generate")
         self.assert_usage("--prompt", "generate", "--prompt", "a", "--prompts", "b")
+        self.assert_usage("--chat-template", "generate", "--prompt", "a", "--chat-template", self.scratch / "none")
+        (self.scratch / "broken.jinja").write_text("{% if %}")
+        done = run("generate", "--prompt", "a", "--chat-template", self.scratch / "broken.jinja", *KV)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("chat template", done.stderr)
         self.assert_usage("--no-such-flag", "generate", "--prompt", "a", "--no-such-flag")
         self.assert_usage("12Q", "generate", "--prompt", "a", "--kv-bytes", "12Q")
         self.assert_usage("--threads", "generate", "--prompt", "a", "--threads", "-3")

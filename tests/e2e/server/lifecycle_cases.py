@@ -292,11 +292,12 @@ class TwoTenants(unittest.TestCase):
             self.assertEqual(told(first), told(alone[0]))
             # Beside the other's load, which asks for the same.
             stopping = threading.Event()
+            loads = []
 
             def load():
                 while not stopping.is_set():
                     for i in range(3):
-                        ask("beta", i)
+                        loads.append(told(ask("beta", i)) == told(alone[i]))
 
             threads = [threading.Thread(target=load) for _ in range(2)]
             for thread in threads:
@@ -306,6 +307,8 @@ class TwoTenants(unittest.TestCase):
             for thread in threads:
                 thread.join()
             self.assertEqual([told(answer) for answer in beside], [told(answer) for answer in alone])
+            self.assertGreater(len(loads), 2)
+            self.assertTrue(all(loads))
 
             def running(names):
                 """KV bytes while these tenants run the same prompt."""

@@ -1,25 +1,17 @@
 """The API through the real `openai` client."""
 
 import json
-import unittest
 
 import openai
 
+from client_case import ClientCase
 from support import Server
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three colours."}]
 
 
-class OpenAi(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server("--served-model-name", "test-model", "--deterministic")
-        cls.client = openai.OpenAI(base_url=cls.server.address + "/v1", api_key="none", max_retries=0)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.client.close()
-        assert cls.server.stop() == 0, "\n".join(cls.server.lines[-20:])
+class OpenAi(ClientCase):
+    SERVER = ("--served-model-name", "test-model", "--deterministic")
 
     def chat(self, **fields):
         return self.client.chat.completions.create(

@@ -2,11 +2,10 @@
 
 import json
 import pathlib
-import unittest
 
 import openai
 
-from support import Server
+from client_case import ClientCase
 
 TEMPLATE = pathlib.Path(__file__).with_name("hermes.jinja")
 
@@ -23,16 +22,8 @@ TOOLS = [tool("weather", city=CITY, days={"type": "integer", "minimum": 1, "maxi
 QUESTION = [{"role": "user", "content": "What is the weather in Bern?"}]
 
 
-class Tools(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server("--chat-template", TEMPLATE)
-        cls.client = openai.OpenAI(base_url=cls.server.address + "/v1", api_key="none", max_retries=0)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.client.close()
-        assert cls.server.stop() == 0, "\n".join(cls.server.lines[-20:])
+class Tools(ClientCase):
+    SERVER = ("--chat-template", TEMPLATE)
 
     def chat(self, **fields):
         return self.client.chat.completions.create(
