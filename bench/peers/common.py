@@ -115,6 +115,12 @@ def install_openvino(children):
     return install_in_venv(OPENVINO_PACKAGE, cache_directory() / "peers" / "openvino", children)
 
 
+def random_words(draw, count):
+    words = ("alpha house tree river stone light water paper table green small large quick brown fox jumps over lazy dog "
+             "and then some more words for the time of day").split()
+    return " ".join(draw.choice(words) for _ in range(count))
+
+
 def at_least_one(text):
     try:
         value = int(text)

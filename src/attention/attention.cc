@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention/head_reader.h"
+#include "base/clock.h"
 #include "base/cpu.h"
 #include "dense/ops.h"
 
@@ -71,6 +72,7 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
 }
 
 void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
+  const double start_s = MonotonicSeconds();
   spans_.assign(spans.begin(), spans.end());
   segments_.clear();
   for (size_t i = 0; i < spans.size(); ++i) {
@@ -93,6 +95,7 @@ void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
     partials = std::max<size_t>(partials, plan.partials);
   }
   if (partials * partial_floats() > partials_.size()) partials_.resize(partials * partial_floats());
+  times_.plan_s += MonotonicSeconds() - start_s;
 }
 
 void Attention::PlanWindow(const kv::KvCache& cache, WindowPlan& plan) {
@@ -265,6 +268,7 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
 
 void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope,
                     float rope_magnitude, const dense::Activations& out) {
+  const double start_s = MonotonicSeconds();
   const WindowPlan& plan = plans_[plan_of_layer_[layer]];
   runs_.clear();
   for (const RowSpan& span : spans_) runs_.push_back(RunOf(cache, layer, span));
@@ -284,6 +288,7 @@ void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const
   });
   pool.ParallelFor(static_cast<int>(plan.merges.size()) * heads,
                    [&](int task, int) { MergeRow(plan.merges[task / heads], task % heads, out); });
+  times_.run_s += MonotonicSeconds() - start_s;
 }
 
 void Attention::RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,

@@ -66,6 +66,13 @@ class Attention {
   void Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope, float rope_magnitude,
            const dense::Activations& out);
 
+  // Seconds that all calls of Plan, and of Run, have taken.
+  struct Times {
+    double plan_s = 0;
+    double run_s = 0;
+  };
+  const Times& times() const { return times_; }
+
  private:
   // Rows of a span that fall into one logical block.
   struct Segment {
@@ -149,6 +156,7 @@ class Attention {
   }
 
   HeadShape shape_;
+  Times times_;
   bool rows_independent_ = false;
   bool tiles_ = false;
   bool bf16_kernels_ = false;

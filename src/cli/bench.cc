@@ -30,6 +30,7 @@ struct BenchFlags {
 struct Peaks {
   double read_gb_s = 0;
   double bf16_gflop_s = 0;
+  double f32_gflop_s = 0;
 };
 
 // All that some layer has, in the order of layers.
@@ -46,17 +47,19 @@ double Share(double value, double peak) { return peak > 0 ? value / peak : 0; }
 
 nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
                               const std::vector<BenchResult>& results) {
-  nlohmann::ordered_json json = {{"engine", "jointkv"},
-                                 {"version", JOINTKV_VERSION},
-                                 {"model", engine.file().path()},
-                                 {"threads", engine.threads()},
-                                 {"compute", dense::PrecisionName(engine.model().precision())},
-                                 {"quantised_rows", engine.model().quantised_rows()},
-                                 {"kv_type", KvTypeNames(engine.cache().shape())},
-                                 {"step_tokens", engine.options().step_tokens},
-                                 {"deterministic", engine.options().deterministic},
-                                 {"machine", {{"read_gb_s", peaks.read_gb_s}, {"bf16_gflop_s", peaks.bf16_gflop_s}}},
-                                 {"results", nlohmann::ordered_json::array()}};
+  nlohmann::ordered_json json = {
+      {"engine", "jointkv"},
+      {"version", JOINTKV_VERSION},
+      {"model", engine.file().path()},
+      {"threads", engine.threads()},
+      {"compute", dense::PrecisionName(engine.model().precision())},
+      {"quantised_rows", engine.model().quantised_rows()},
+      {"kv_type", KvTypeNames(engine.cache().shape())},
+      {"step_tokens", engine.options().step_tokens},
+      {"deterministic", engine.options().deterministic},
+      {"machine",
+       {{"read_gb_s", peaks.read_gb_s}, {"bf16_gflop_s", peaks.bf16_gflop_s}, {"f32_gflop_s", peaks.f32_gflop_s}}},
+      {"results", nlohmann::ordered_json::array()}};
   for (const BenchResult& r : results) {
     json["results"].push_back({{"kind", r.kind},
                                {"batch", r.batch},
@@ -66,7 +69,10 @@ nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
                                {"tok_s_min", r.tok_s_min},
                                {"tok_s_max", r.tok_s_max},
                                {"gb_s", r.gb_s},
-                               {"gflop_s", r.gflop_s}});
+                               {"gflop_s", r.gflop_s},
+                               {"attention_share", r.attention_share},
+                               {"attention_plan_share", r.attention_plan_share},
+                               {"attention_gflop_s", r.attention_gflop_s}});
   }
   return json;
 }
@@ -74,8 +80,9 @@ nlohmann::ordered_json ToJson(const engine::Engine& engine, const Peaks& peaks,
 void PrintHeader(std::FILE* out, const Peaks& peaks) {
   fmt::print(out, "machine: reads {:.0f} GB/s", peaks.read_gb_s);
   if (peaks.bf16_gflop_s > 0) fmt::print(out, ", bf16 {:.0f} GFLOP/s", peaks.bf16_gflop_s);
-  fmt::print(out, "\n{:<8}{:>6}{:>9}{:>10}{:>20}{:>16}{:>18}\n", "kind", "batch", "context", "tok/s", "min-max",
-             "GB/s (share)", "GFLOP/s (share)");
+  if (peaks.f32_gflop_s > 0) fmt::print(out, ", f32 {:.0f} GFLOP/s", peaks.f32_gflop_s);
+  fmt::print(out, "\n{:<8}{:>6}{:>9}{:>10}{:>18}{:>14}{:>17}{:>13}{:>9}\n", "kind", "batch", "context", "tok/s",
+             "min-max", "GB/s (share)", "GFLOP/s (share)", "attention %", "GFLOP/s");
 }
 
 void PrintRow(std::FILE* out, const Peaks& peaks, const BenchResult& r, bool show_share) {
@@ -83,8 +90,8 @@ void PrintRow(std::FILE* out, const Peaks& peaks, const BenchResult& r, bool sho
   const std::string bytes = fmt::format("{:.1f} ({:.0f} %)", r.gb_s, 100 * Share(r.gb_s, peaks.read_gb_s));
   std::string flops = fmt::format("{:.0f}", r.gflop_s);
   if (show_share) flops += fmt::format(" ({:.0f} %)", 100 * Share(r.gflop_s, peaks.bf16_gflop_s));
-  fmt::print(out, "{:<8}{:>6}{:>9}{:>10.1f}{:>20}{:>16}{:>18}\n", r.kind, r.batch, r.context, r.tok_s, range, bytes,
-             flops);
+  fmt::print(out, "{:<8}{:>6}{:>9}{:>10.1f}{:>18}{:>14}{:>17}{:>13.1f}{:>9.0f}\n", r.kind, r.batch, r.context, r.tok_s,
+             range, bytes, flops, 100 * r.attention_share, r.attention_gflop_s);
   std::fflush(out);
 }
 
@@ -112,7 +119,8 @@ int RunBench(const BenchFlags& flags) {
   if (engine == nullptr) return exit_code;
 
   std::FILE* out = flags.json_path == "-" ? stderr : stdout;
-  const Peaks peaks = {ReadBandwidthGbS(engine->threads()), Bf16PeakGflopS(engine->threads())};
+  const Peaks peaks = {ReadBandwidthGbS(engine->threads()), Bf16PeakGflopS(engine->threads()),
+                       F32PeakGflopS(engine->threads())};
   const bool show_share = engine->model().precision() != dense::Precision::kF32 && peaks.bf16_gflop_s > 0;
   EngineBench bench(*engine, flags.bench.repeat);
   std::vector<BenchResult> results;

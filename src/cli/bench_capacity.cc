@@ -22,31 +22,29 @@ void CapacityMeter::AfterStep() {
   if (stats.preemptions == 0) held_ = stats.running_peak;
   const bool only_decodes = stats.steps > last_.steps && stats.prefill_tokens == last_.prefill_tokens;
   if (only_decodes) {
-    decode_steps_.push_back(
-        {static_cast<int>(stats.decode_tokens - last_.decode_tokens), stats.decode_s - last_.decode_s});
+    steps_.push_back({.requests = static_cast<double>(stats.decode_tokens - last_.decode_tokens),
+                      .seconds = stats.decode_s - last_.decode_s,
+                      .attention_s = stats.attention_s - last_.attention_s,
+                      .attention_plan_s = stats.attention_plan_s - last_.attention_plan_s,
+                      .kv_bytes = static_cast<double>(engine_.cache().running_bytes())});
   }
   last_ = stats;
 }
 
-CapacityMeter::Decoded CapacityMeter::Sum() const {
-  Decoded sum;
-  for (const DecodeStep& step : decode_steps_) {
-    if (10 * step.rows < 9 * held_) continue;
-    ++sum.steps;
-    sum.rows += step.rows;
-    sum.seconds += step.seconds;
+CapacityMeter::Decoding CapacityMeter::decoding() const {
+  Decoding mean;
+  double n = 0;
+  for (const Decoding& step : steps_) {
+    if (10 * step.requests < 9 * held_) continue;
+    ++n;
+    // Running means.
+    mean.requests += (step.requests - mean.requests) / n;
+    mean.seconds += (step.seconds - mean.seconds) / n;
+    mean.attention_s += (step.attention_s - mean.attention_s) / n;
+    mean.attention_plan_s += (step.attention_plan_s - mean.attention_plan_s) / n;
+    mean.kv_bytes += (step.kv_bytes - mean.kv_bytes) / n;
   }
-  return sum;
-}
-
-double CapacityMeter::decode_tok_s() const {
-  const Decoded sum = Sum();
-  return sum.seconds > 0 ? static_cast<double>(sum.rows) / sum.seconds : 0;
-}
-
-double CapacityMeter::decode_requests() const {
-  const Decoded sum = Sum();
-  return sum.steps > 0 ? static_cast<double>(sum.rows) / static_cast<double>(sum.steps) : 0;
+  return mean;
 }
 
 namespace {
@@ -59,8 +57,7 @@ struct CapacityFlags {
 struct CapacityResult {
   joint::Policy policy = joint::Policy::kOff;
   int held = 0;
-  double decode_requests = 0;
-  double decode_tok_s = 0;
+  CapacityMeter::Decoding decoding;
   double fusion_share = 0;  // of the time of all steps
   Summary summary;
 };
@@ -77,9 +74,13 @@ nlohmann::ordered_json ToJson(const CapacityFlags& flags, size_t kv_bytes, const
     json["results"].push_back({{"policy", joint::PolicyName(result.policy)},
                                {"held", result.held},
                                {"held_ratio", Ratio(result.held, results.front().held)},
-                               {"decode_requests", result.decode_requests},
-                               {"decode_tok_s", result.decode_tok_s},
-                               {"decode_ratio", Ratio(result.decode_tok_s, results.front().decode_tok_s)},
+                               {"decode_requests", result.decoding.requests},
+                               {"decode_tok_s", result.decoding.tok_s()},
+                               {"decode_ratio", Ratio(result.decoding.tok_s(), results.front().decoding.tok_s())},
+                               {"decode_step_s", result.decoding.seconds},
+                               {"attention_s", result.decoding.attention_s},
+                               {"attention_plan_s", result.decoding.attention_plan_s},
+                               {"kv_bytes_read", result.decoding.kv_bytes},
                                {"fusion_share", result.fusion_share},
                                {"summary", ToJson(result.summary)}});
   }
@@ -87,10 +88,12 @@ nlohmann::ordered_json ToJson(const CapacityFlags& flags, size_t kv_bytes, const
 }
 
 void PrintRow(std::FILE* out, const CapacityResult& result, const CapacityResult& base) {
-  fmt::print(out, "{:<9}{:>6}{:>8.2f}{:>14.1f}{:>10.0f}{:>8.2f}{:>10.2f}{:>13}{:>9.1f}\n",
-             joint::PolicyName(result.policy), result.held, Ratio(result.held, base.held), result.decode_requests,
-             result.decode_tok_s, Ratio(result.decode_tok_s, base.decode_tok_s), result.summary.req_s,
-             result.summary.preemptions, 100 * result.fusion_share);
+  const CapacityMeter::Decoding& decoding = result.decoding;
+  fmt::print(out, "{:<9}{:>6}{:>8.2f}{:>14.1f}{:>10.0f}{:>8.2f}{:>13.1f}{:>11.1f}{:>9.1f}{:>10.2f}{:>13}{:>9.1f}\n",
+             joint::PolicyName(result.policy), result.held, Ratio(result.held, base.held), decoding.requests,
+             decoding.tok_s(), Ratio(decoding.tok_s(), base.decoding.tok_s()), 1e3 * decoding.attention_s,
+             1e3 * decoding.seconds, decoding.kv_bytes / 1e6, result.summary.req_s, result.summary.preemptions,
+             100 * result.fusion_share);
   std::fflush(out);
 }
 
@@ -111,8 +114,7 @@ Expected<CapacityResult> RunOne(const CapacityFlags& flags, const WorkloadMaker&
   const engine::EngineStats stats = engine.stats();
   return CapacityResult{.policy = engine.options().fusion.policy,
                         .held = meter.held(),
-                        .decode_requests = meter.decode_requests(),
-                        .decode_tok_s = meter.decode_tok_s(),
+                        .decoding = meter.decoding(),
                         .fusion_share = Ratio(engine.fusion_stats().fusion_s, stats.prefill_s + stats.decode_s),
                         .summary = batch.summary()};
 }
@@ -136,9 +138,9 @@ int RunCapacity(const CapacityFlags& flags) {
     kv_bytes = engine->kv_stats().capacity_bytes;
     if (results.empty()) {
       ArmInterrupt();
-      fmt::print(out, "{}, in {} of KV memory\n\n{:<9}{:>6}{:>8}{:>14}{:>10}{:>8}{:>10}{:>13}{:>9}\n",
+      fmt::print(out, "{}, in {} of KV memory\n\n{:<9}{:>6}{:>8}{:>14}{:>10}{:>8}{:>13}{:>11}{:>9}{:>10}{:>13}{:>9}\n",
                  RagTitle(flags.rag), FormatBytes(kv_bytes), "fusion", "held", "ratio", "decoding then", "tok/s",
-                 "ratio", "req/s", "preemptions", "fusing %");
+                 "ratio", "attention ms", "of step ms", "KV MB", "req/s", "preemptions", "fusing %");
       std::fflush(out);
     }
     const Expected<CapacityResult> result = RunOne(flags, *maker, *engine);

@@ -10,7 +10,7 @@
 
 namespace jointkv::cli {
 
-// What one engine held. Threads: one. Owns: a number or two per step. Fails how: never.
+// What one engine held. Threads: one. Owns: a few numbers per step. Fails how: never.
 class CapacityMeter {
  public:
   explicit CapacityMeter(const engine::Engine& engine) : engine_(engine) {}
@@ -19,27 +19,23 @@ class CapacityMeter {
 
   // Most requests that ran at once before the first was preempted.
   int held() const { return held_; }
-  // Output tokens a second over the steps that only decode, and decode for at least 9 of 10 of `held`; 0 when there
-  // were none.
-  double decode_tok_s() const;
-  double decode_requests() const;  // mean of those steps
+
+  // Means of the steps that only decode, and decode for at least 9 of 10 of `held`; zeros when there were none.
+  struct Decoding {
+    double requests = 0;
+    double seconds = 0;
+    double attention_s = 0;
+    double attention_plan_s = 0;
+    double kv_bytes = 0;  // that some sequence refers to: what attention has to read at least
+    double tok_s() const { return seconds > 0 ? requests / seconds : 0; }
+  };
+  Decoding decoding() const;
 
  private:
-  struct DecodeStep {
-    int rows = 0;
-    double seconds = 0;
-  };
-  struct Decoded {
-    int64_t steps = 0;
-    int64_t rows = 0;
-    double seconds = 0;
-  };
-  Decoded Sum() const;
-
   const engine::Engine& engine_;
   engine::EngineStats last_;
   int held_ = 0;
-  std::vector<DecodeStep> decode_steps_;
+  std::vector<Decoding> steps_;  // that only decode
 };
 
 void AddBenchCapacity(CLI::App& bench, Command& run);

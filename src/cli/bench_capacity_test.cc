@@ -20,7 +20,7 @@ TEST(CapacityMeterTest, CountsWhatRanAndTheStepsThatOnlyDecode) {
   ASSERT_TRUE(engine.ok()) << engine.status().message();
   CapacityMeter meter(**engine);
   EXPECT_EQ(meter.held(), 0);
-  EXPECT_EQ(meter.decode_tok_s(), 0);
+  EXPECT_EQ(meter.decoding().tok_s(), 0);
 
   std::mt19937 random(1);
   for (int i = 0; i < 40; ++i) {
@@ -36,9 +36,15 @@ TEST(CapacityMeterTest, CountsWhatRanAndTheStepsThatOnlyDecode) {
   EXPECT_LE(meter.held(), (*engine)->stats().running_peak);
   EXPECT_GT(meter.held(), 1);
   EXPECT_LT(meter.held(), 40);
-  EXPECT_GT(meter.decode_tok_s(), 0);
-  EXPECT_GE(meter.decode_requests(), 0.9 * meter.held());
-  EXPECT_LE(meter.decode_requests(), meter.held());
+  const CapacityMeter::Decoding decoding = meter.decoding();
+  EXPECT_GT(decoding.tok_s(), 0);
+  EXPECT_GE(decoding.requests, 0.9 * meter.held());
+  EXPECT_LE(decoding.requests, meter.held());
+  EXPECT_GT(decoding.attention_s, 0);
+  EXPECT_GT(decoding.attention_plan_s, 0);
+  EXPECT_LT(decoding.attention_s + decoding.attention_plan_s, decoding.seconds);
+  EXPECT_GT(decoding.kv_bytes, decoding.requests * 1200 * 2);
+  EXPECT_LE(decoding.kv_bytes, static_cast<double>((*engine)->kv_stats().capacity_bytes));
 }
 
 }  // namespace

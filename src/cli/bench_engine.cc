@@ -53,20 +53,26 @@ Status EngineBench::Drain(std::vector<Event>& events) {
   return failed;
 }
 
-Expected<double> EngineBench::PrefillOnce(int length) {
+EngineBench::Run EngineBench::RunSince(const engine::EngineStats& start, double seconds) const {
+  const engine::EngineStats now = engine_.stats();
+  return {seconds, now.attention_s - start.attention_s, now.attention_plan_s - start.attention_plan_s};
+}
+
+Expected<EngineBench::Run> EngineBench::PrefillOnce(int length) {
   engine::Request request;
   ASSIGN_OR_RETURN(request.prompt, RandomPrompt(length));
   request.sampling.temperature = 0;
   request.sampling.ignore_eos = true;
   request.sampling.max_tokens = 1;
+  const engine::EngineStats start = engine_.stats();
   const double start_s = MonotonicSeconds();
   RETURN_IF_ERROR(engine_.Submit(std::move(request)).status());
   std::vector<Event> events;
   RETURN_IF_ERROR(Drain(events));
-  return length / (MonotonicSeconds() - start_s);
+  return RunSince(start, MonotonicSeconds() - start_s);
 }
 
-Expected<double> EngineBench::DecodeOnce(int batch, int context, int tokens) {
+Expected<EngineBench::Run> EngineBench::DecodeOnce(int batch, int context, int tokens) {
   // While the last prompts are computed the first sequences decode already: one token a step, and not more steps than
   // the prompts would take if each began its own.
   const int step_tokens = engine_.options().step_tokens;
@@ -90,15 +96,20 @@ Expected<double> EngineBench::DecodeOnce(int batch, int context, int tokens) {
     ids.push_back(id);
   }
   std::vector<Event> events;
+  engine::EngineStats start;
   double start_s = 0;
-  double end_s = 0;
+  Run run;
   int timed = -1;  // steps in which all decoded, after the first
   while (timed < tokens && !engine_.idle() && !Interrupted()) {
     events.clear();
     engine_.Step(events);
-    end_s = MonotonicSeconds();
+    const double end_s = MonotonicSeconds();
     if (events.size() == static_cast<size_t>(batch)) ++timed;
-    if (timed == 0) start_s = end_s;
+    if (timed == 0) {
+      start = engine_.stats();
+      start_s = end_s;
+    }
+    run = RunSince(start, end_s - start_s);
   }
   for (const engine::RequestId id : ids) engine_.Cancel(id);
   RETURN_IF_ERROR(Drain(events));
@@ -108,32 +119,43 @@ Expected<double> EngineBench::DecodeOnce(int batch, int context, int tokens) {
                   "bench: " + std::to_string(batch) + " sequences of " + std::to_string(longest) +
                       " tokens do not fit the KV memory together: give more with --kv-bytes");
   }
-  return static_cast<double>(batch) * tokens / (end_s - start_s);
+  return run;
 }
 
 Expected<BenchResult> EngineBench::Prefill(int length) {
-  std::vector<double> rates;
+  std::vector<Run> runs;
   for (int i = 0; i < repeat_; ++i) {
     if (Interrupted()) return Status(StatusCode::kCancelled, "bench: interrupted");
-    ASSIGN_OR_RETURN(const double rate, PrefillOnce(length));
-    rates.push_back(rate);
+    ASSIGN_OR_RETURN(const Run run, PrefillOnce(length));
+    runs.push_back(run);
   }
-  return Median({.kind = "prefill", .batch = 1, .context = length, .tokens = length}, rates);
+  return Median({.kind = "prefill", .batch = 1, .context = length, .tokens = length}, length, runs);
 }
 
 Expected<BenchResult> EngineBench::Decode(int batch, int context, int tokens) {
-  std::vector<double> rates;
+  std::vector<Run> runs;
   for (int i = 0; i < repeat_; ++i) {
-    ASSIGN_OR_RETURN(const double rate, DecodeOnce(batch, context, tokens));
-    rates.push_back(rate);
+    ASSIGN_OR_RETURN(const Run run, DecodeOnce(batch, context, tokens));
+    runs.push_back(run);
   }
-  return Median({.kind = "decode", .batch = batch, .context = context, .tokens = tokens}, rates);
+  return Median({.kind = "decode", .batch = batch, .context = context, .tokens = tokens},
+                static_cast<double>(batch) * tokens, runs);
 }
 
-BenchResult EngineBench::Median(BenchResult result, const std::vector<double>& rates) const {
+BenchResult EngineBench::Median(BenchResult result, double tokens, const std::vector<Run>& runs) const {
+  std::vector<double> rates;
+  Run sum;
+  for (const Run& run : runs) {
+    rates.push_back(tokens / run.seconds);
+    sum.seconds += run.seconds;
+    sum.attention_s += run.attention_s;
+    sum.attention_plan_s += run.attention_plan_s;
+  }
   result.tok_s = Percentile(rates, 0.5);
   result.tok_s_min = std::ranges::min(rates);
   result.tok_s_max = std::ranges::max(rates);
+  result.attention_share = sum.attention_s / sum.seconds;
+  result.attention_plan_share = sum.attention_plan_s / sum.seconds;
   AddTraffic(result);
   return result;
 }
@@ -152,7 +174,9 @@ void EngineBench::AddTraffic(BenchResult& result) const {
   const double weights = static_cast<double>(matrix_weights_) - (prefill ? static_cast<double>(OutputElements(hp)) : 0);
   const double steps_s = result.tok_s / rows;
   result.gb_s = steps_s * (static_cast<double>(weight_bytes) + step_kv_bytes) / 1e9;
-  result.gflop_s = result.tok_s * (2 * weights + AttentionFlops(hp, context)) / 1e9;
+  const double attention_flops = AttentionFlops(hp, context);
+  result.gflop_s = result.tok_s * (2 * weights + attention_flops) / 1e9;
+  result.attention_gflop_s = result.tok_s * attention_flops / result.attention_share / 1e9;
 }
 
 }  // namespace jointkv::cli

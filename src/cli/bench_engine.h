@@ -27,6 +27,10 @@ struct BenchResult {
   double tok_s_max = 0;
   double gb_s = 0;     // weights and KV read
   double gflop_s = 0;  // of matrix products and attention
+  // Of all repeats.
+  double attention_share = 0;       // of the time
+  double attention_plan_share = 0;  // to order its work
+  double attention_gflop_s = 0;     // over its own time
 };
 
 // EngineBench. Threads: one. Owns: nothing; the engine must outlive it, idle and without a prefix cache. Fails how: a
@@ -41,10 +45,18 @@ class EngineBench {
   Expected<BenchResult> Decode(int batch, int context, int tokens);
 
  private:
-  Expected<double> PrefillOnce(int length);
-  Expected<double> DecodeOnce(int batch, int context, int tokens);
+  struct Run {
+    double seconds = 0;
+    double attention_s = 0;
+    double attention_plan_s = 0;
+  };
+  Expected<Run> PrefillOnce(int length);
+  Expected<Run> DecodeOnce(int batch, int context, int tokens);
+  // Of an attention that began at these counters, so long ago.
+  Run RunSince(const engine::EngineStats& start, double seconds) const;
   Expected<std::vector<TokenId>> RandomPrompt(int length);
-  BenchResult Median(BenchResult result, const std::vector<double>& rates) const;
+  // `tokens` of each run.
+  BenchResult Median(BenchResult result, double tokens, const std::vector<Run>& runs) const;
   void AddTraffic(BenchResult& result) const;
   Status Drain(std::vector<engine::Event>& events);
 

@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kRepeats = 5;
 constexpr size_t kBytesPerThread = size_t{256} << 20;  // beyond any cache
-constexpr int kDotSteps = 1 << 22;
-constexpr int kDotChains = 12;  // enough to hide the latency of one dot product
+constexpr int kChainSteps = 1 << 22;
+constexpr int kChains = 12;  // enough to hide the latency of one operation
 
 // The best of some repeats: seconds until every thread has done `work`(thread).
 template <typename F>
@@ -69,13 +69,27 @@ namespace jointkv::cli {
 namespace {
 
 float DotChains() {
-  __m512 sums[kDotChains];
+  __m512 sums[kChains];
   for (__m512& sum : sums) sum = _mm512_setzero_ps();
   __m512i bits = _mm512_set1_epi32(0x3f803f80);  // ones
-  for (int step = 0; step < kDotSteps; ++step) {
+  for (int step = 0; step < kChainSteps; ++step) {
     __asm__ volatile("" : "+v"(bits));
 #pragma GCC unroll 12
     for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, (__m512bh)bits, (__m512bh)bits);
+  }
+  __m512 total = _mm512_setzero_ps();
+  for (const __m512& sum : sums) total = _mm512_add_ps(total, sum);
+  return _mm512_reduce_add_ps(total);
+}
+
+float MultiplyAddChains512() {
+  __m512 sums[kChains];
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  __m512 ones = _mm512_set1_ps(1);
+  for (int step = 0; step < kChainSteps; ++step) {
+    __asm__ volatile("" : "+v"(ones));
+#pragma GCC unroll 12
+    for (__m512& sum : sums) sum = _mm512_fmadd_ps(ones, ones, sum);
   }
   __m512 total = _mm512_setzero_ps();
   for (const __m512& sum : sums) total = _mm512_add_ps(total, sum);
@@ -86,24 +100,61 @@ float DotChains() {
 }  // namespace jointkv::cli
 
 #include "base/avx512bf16_pop.h"
-#endif
+
+#include "base/avx2_push.h"
 
 namespace jointkv::cli {
+namespace {
 
-double Bf16PeakGflopS(int threads) {
-#if defined(__x86_64__)
-  if (!HasAvx512Bf16()) return 0;
+float MultiplyAddChains256() {
+  __m256 sums[kChains];
+  for (__m256& sum : sums) sum = _mm256_setzero_ps();
+  __m256 ones = _mm256_set1_ps(1);
+  for (int step = 0; step < kChainSteps; ++step) {
+    __asm__ volatile("" : "+x"(ones));
+#pragma GCC unroll 12
+    for (__m256& sum : sums) sum = _mm256_fmadd_ps(ones, ones, sum);
+  }
+  __m256 total = _mm256_setzero_ps();
+  for (const __m256& sum : sums) total = _mm256_add_ps(total, sum);
+  return _mm256_cvtss_f32(total);
+}
+
+}  // namespace
+}  // namespace jointkv::cli
+
+#include "base/avx2_pop.h"
+
+namespace jointkv::cli {
+namespace {
+
+// flops: of one step of one chain.
+double PeakGflopS(int threads, float (*chains)(), double flops) {
   ThreadPool pool(threads);
   std::vector<float> sums(static_cast<size_t>(threads));
-  const double seconds = BestSeconds(pool, [&](int thread) { sums[static_cast<size_t>(thread)] += DotChains(); });
+  const double seconds = BestSeconds(pool, [&](int thread) { sums[static_cast<size_t>(thread)] += chains(); });
   volatile float used = sums[0];
   (void)used;
-  constexpr double kFlopsPerDot = 64;  // 16 lanes of two multiply-adds
-  return kFlopsPerDot * kDotChains * kDotSteps * threads / seconds / 1e9;
-#else
-  (void)threads;
-  return 0;
-#endif
+  return flops * kChains * kChainSteps * threads / seconds / 1e9;
+}
+
+}  // namespace
+
+double Bf16PeakGflopS(int threads) {
+  return HasAvx512Bf16() ? PeakGflopS(threads, DotChains, 64) : 0;  // 16 lanes of two multiply-adds
+}
+
+double F32PeakGflopS(int threads) {
+  if (HasAvx512Bf16()) return PeakGflopS(threads, MultiplyAddChains512, 32);
+  return HasAvx2() ? PeakGflopS(threads, MultiplyAddChains256, 16) : 0;
 }
 
 }  // namespace jointkv::cli
+#else
+namespace jointkv::cli {
+
+double Bf16PeakGflopS(int) { return 0; }
+double F32PeakGflopS(int) { return 0; }
+
+}  // namespace jointkv::cli
+#endif

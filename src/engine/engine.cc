@@ -259,6 +259,8 @@ bool Engine::Step(std::vector<Event>& events) {
   const double decode_share = static_cast<double>(decode_rows) / static_cast<double>(step_tokens_.size());
   stats_.decode_s += step_s * decode_share;
   stats_.prefill_s += step_s * (1 - decode_share);
+  stats_.attention_s = model_->attention_times().run_s;
+  stats_.attention_plan_s = model_->attention_times().plan_s;
   stats_.prefill_tokens += static_cast<int64_t>(step_tokens_.size()) - decode_rows;
   stats_.decode_tokens += decode_rows;
   ++stats_.steps;

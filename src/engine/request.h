@@ -75,6 +75,8 @@ struct EngineStats {
   int64_t preemptions = 0;
   double prefill_s = 0;  // steps with prefill rows, by share of rows
   double decode_s = 0;
+  double attention_s = 0;  // of both
+  double attention_plan_s = 0;
   size_t kv_bytes_peak = 0;          // blocks that running sequences refer to
   size_t kv_bytes_logical_peak = 0;  // the same tokens as private 16-bit K and V
 };

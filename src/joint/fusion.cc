@@ -110,8 +110,8 @@ bool Fusion::Known(BlockId block) const {
 }
 
 void Fusion::Measure(SequenceId sequence, int table) {
+  if (inverse_energy_[table] > 0) return;
   for (const Sealed& sealed : sealed_) {
-    if (statistics_.full(table)) return;
     if (!cache_.Owned(sequence, table, sealed.index)) continue;
     const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
     const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
@@ -123,7 +123,7 @@ void Fusion::Measure(SequenceId sequence, int table) {
 
 void Fusion::FixScales() {
   for (int table = 0; table < cache_.shape().n_tables(); ++table) {
-    if (inverse_energy_[table] > 0 || !statistics_.full(table)) continue;
+    if (inverse_energy_[table] > 0 || !statistics_.enough(table)) continue;
     const double energy = statistics_.energy(table);
     inverse_energy_[table] = energy > 0 ? static_cast<float>(1 / energy) : std::numeric_limits<float>::max();
     const codec::BlockLayout& layout = cache_.shape().layout;

@@ -84,9 +84,9 @@ class Fusion {
   void CollectSealed(SequenceId sequence, kv::SealedRange range);
   // Listed, encoded or settled already: the sequence took a block that was offered before.
   bool Known(BlockId block) const;
-  // Takes part in the statistics of its table, while those last.
+  // Lets the table's statistics count these blocks, unless its scale is fixed.
   void Measure(SequenceId sequence, int table);
-  // Fixes what all statistics have come to that are complete.
+  // Fixes the scales whose statistics count enough tokens.
   void FixScales();
   Decision Decide(SequenceId sequence, int table, const Sealed& sealed, const Scratch& scratch);
   Decision Join(int table, GroupId group, std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch);

@@ -234,7 +234,7 @@ class World {
   }
 
   void Measure() {
-    for (int i = 0; i < 2 * Statistics::kTokens / 15; ++i) {
+    for (int i = 0; i < 2 * Statistics::kTokensMin / 15; ++i) {
       const SequenceId id = Create(kOther, {});
       CHECK(Step(id, Line(100 + i, 15)));
       Free(id);
@@ -929,7 +929,7 @@ TEST(Fusion, WithoutRoomForADifferenceTheBlockStays) {
 TEST(Fusion, WithoutAScaleOnlyEqualBlocksFuse) {
   World world({.measured = false});
   const Tokens same(32, 5);
-  for (int i = 0; i < 2 * Statistics::kTokens / 31; ++i) {
+  for (int i = 0; i < 2 * Statistics::kTokensMin / 31; ++i) {
     const SequenceId id = world.Create(kOther, {});
     ASSERT_TRUE(world.Step(id, same));
     world->Free(id);

@@ -35,7 +35,7 @@ void Statistics::Add(int index, codec::Kind kind, const std::byte* block, int ca
   Table& table = tables_[index];
   const dense::RopeTable* rope = kind == codec::Kind::kK ? rope_[index / 2] : nullptr;
   std::vector<float> values(table.sum.size());
-  for (int token = first; token < last && table.tokens < kTokens; ++token, ++table.tokens) {
+  for (int token = first; token < last && table.tokens < kTokensMax; ++token, ++table.tokens) {
     codec::LoadToken(layout_, kind, block, cap, token, values);
     if (rope != nullptr) Rotate(*rope, base + token, -1, values);
     for (size_t i = 0; i < values.size(); ++i) {

@@ -1,8 +1,8 @@
 // Statistics: the scale of K and V in each layer, against which distortion is measured.
 //
-// E = mean over tokens of |x - mean|^2, from the first kTokens tokens that the store seals, and fixed from then on: a
-// budget means the same for every block. Keys count unrotated (a rotation moves their mean, not their energy). A
-// sequence's first token is left out: many models park huge values there.
+// E = mean over tokens of |x - mean|^2, from the first kTokensMin to kTokensMax tokens that the store seals, and fixed
+// from then on: a budget means the same for every block. Keys count unrotated (a rotation moves their mean, not their
+// energy). A sequence's first token is left out: many models park huge values there.
 //
 // Threads: Add and scale may run for different tables at once. Owns: sums. Fails how: never.
 #pragma once
@@ -17,14 +17,15 @@ namespace jointkv::joint {
 
 class Statistics {
  public:
-  static constexpr int kTokens = 1024;
+  static constexpr int kTokensMin = 512;   // what a scale is taken from at least
+  static constexpr int kTokensMax = 1024;  // further ones do not count
 
   // rope: by layer, what keys were rotated with, which must outlive it and reach to the largest position; null: not.
   Statistics(const codec::BlockLayout& layout, std::vector<const dense::RopeTable*> rope);
 
   // Tokens [first, last) of a block of K or V, whose token t was rotated for position base + t.
   void Add(int table, codec::Kind kind, const std::byte* block, int cap, int base, int first, int last);
-  bool full(int table) const { return tables_[table].tokens >= kTokens; }
+  bool enough(int table) const { return tables_[table].tokens >= kTokensMin; }
 
   // E of a table; 0 before any token.
   double energy(int table) const;

@@ -153,14 +153,14 @@ TEST(Statistics, OnlyTheTokensGivenCount) {
   EXPECT_NEAR(statistics.energy(kValues) / EnergyOf(std::span(vectors).subspan(1)), 1, 1e-9);
 }
 
-TEST(Statistics, FixedOnceFull) {
+TEST(Statistics, EnoughBeforeFull) {
   Statistics statistics(kLayout, {nullptr});
-  const auto vectors = Vectors(Statistics::kTokens + 500, 5);
-  const auto counted = std::span(vectors).first(Statistics::kTokens);
-  Feed(statistics, kValues, nullptr, std::span(vectors).first(Statistics::kTokens - 1), 32, 0, false);
-  EXPECT_FALSE(statistics.full(kValues));
-  Feed(statistics, kValues, nullptr, std::span(vectors).subspan(Statistics::kTokens - 1), 32, 0, false);
-  EXPECT_TRUE(statistics.full(kValues));
+  const auto vectors = Vectors(Statistics::kTokensMax + 500, 5);
+  const auto counted = std::span(vectors).first(Statistics::kTokensMax);
+  Feed(statistics, kValues, nullptr, std::span(vectors).first(Statistics::kTokensMin - 1), 32, 0, false);
+  EXPECT_FALSE(statistics.enough(kValues));
+  Feed(statistics, kValues, nullptr, std::span(vectors).subspan(Statistics::kTokensMin - 1), 32, 0, false);
+  EXPECT_TRUE(statistics.enough(kValues));
   EXPECT_NEAR(statistics.energy(kValues) / EnergyOf(counted), 1, 1e-9);
 }
 

@@ -61,6 +61,9 @@ class Model {
   // output matrix would multiply, after the last norm, to input.hidden (hidden_rows, d_model).
   virtual void Forward(const StepInput& input, const kv::KvCache& cache, float* logits) = 0;
 
+  // Of all steps since Bind, which must have been called.
+  const attention::Attention::Times& attention_times() const { return attention_->times(); }
+
   const gguf::Hyperparameters& hyperparameters() const { return hp_; }
   int n_vocab() const { return hp_.n_vocab; }
   int quantised_rows() const { return quantised_rows_; }

@@ -86,6 +86,22 @@ class Server:
     def post(self, path, body, headers=()):
         return self.call("POST", path, body, headers)
 
+    def first_event_s(self, path, body, headers=()):
+        """From the first byte sent to the first event of a stream received; waits for the stream's end."""
+        data = request("POST", path, {**body, "stream": True}, [*headers, ("Connection", "close")])
+        start = time.perf_counter()
+        with self.connect() as client:
+            client.sendall(data)
+            received = b""
+            while b"data: " not in received:
+                part = client.recv(65536)
+                assert part, f"no event: {received[:500]}"
+                received += part
+            end = time.perf_counter()
+            while client.recv(65536):
+                pass
+        return end - start
+
     def metrics(self, headers=()):
         return self.call("GET", "/metrics", headers=headers)[2].decode()
 

@@ -27,7 +27,17 @@ class Tools(ClientCase):
 
     def chat(self, **fields):
         return self.client.chat.completions.create(
-            **{"model": "", "messages": QUESTION, "max_tokens": 200, "tools": TOOLS, "seed": 1, **fields})
+            **{"model": "", "messages": QUESTION, "max_tokens": 400, "tools": TOOLS, "seed": 1, **fields})
+
+    def complete_calls(self, choice):
+        """At least one call. A small model may make call after call until its tokens end, in the midst of the last."""
+        calls = choice.message.tool_calls
+        if choice.finish_reason == "length":
+            calls = calls[:-1]
+        else:
+            self.assertEqual(choice.finish_reason, "tool_calls")
+        self.assertTrue(calls)
+        return calls
 
     def check(self, call, name=None):
         function = call.function
@@ -41,9 +51,8 @@ class Tools(ClientCase):
         for seed in range(4):
             with self.subTest(seed=seed):
                 choice, = self.chat(tool_choice="required", seed=seed).choices
-                self.assertEqual(choice.finish_reason, "tool_calls")
                 self.assertFalse(choice.message.content)
-                for call in choice.message.tool_calls:
+                for call in self.complete_calls(choice):
                     self.assertTrue(call.id)
                     self.check(call)
 
@@ -51,7 +60,7 @@ class Tools(ClientCase):
         for name in ("weather", "time"):
             with self.subTest(name=name):
                 choice, = self.chat(tool_choice={"type": "function", "function": {"name": name}}).choices
-                for call in choice.message.tool_calls:
+                for call in self.complete_calls(choice):
                     self.check(call, name)
 
     def test_one_call_when_not_parallel(self):
@@ -62,7 +71,7 @@ class Tools(ClientCase):
 
     def test_streamed_calls_add_up(self):
         names, arguments, reason = {}, {}, None
-        for chunk in self.chat(tool_choice="required", stream=True):
+        for chunk in self.chat(tool_choice="required", parallel_tool_calls=False, stream=True):
             delta = chunk.choices[0].delta
             reason = chunk.choices[0].finish_reason or reason
             for call in delta.tool_calls or []:
