@@ -28,7 +28,7 @@
 namespace jointkv::codec {
 
 inline constexpr int kBlockTokensMax = 32;
-inline constexpr int kClassStep = 4;  // size classes: 4, 8, ..., 32 tokens
+inline constexpr int kClassStep = 2;  // size classes: 2, 4, ..., 32 tokens
 inline constexpr int kClasses = kBlockTokensMax / kClassStep;
 
 enum class Kind : uint8_t { kK, kV };

@@ -297,7 +297,7 @@ TEST_P(QuantisedTest, EveryCapAndHeadDim) {
     if (!Fits(head_dim, codec())) continue;
     const BlockLayout layout{3, head_dim, Codec::kBf16};
     for (int cap = kClassStep; cap <= kBlockTokensMax; cap += kClassStep) {
-      const int tokens = cap - static_cast<int>(random() % 4);
+      const int tokens = cap - std::min(cap - 1, static_cast<int>(random() % 4));
       const Bytes mean = Block(layout, kind(), 32, 32, [&](int) { return Gaussian(3 * head_dim, random); });
       const Bytes block = Block(layout, kind(), cap, cap, [&](int) { return Gaussian(3 * head_dim, random); });
       const Bytes encoded = Encoded(layout, kind(), codec(), block, cap, tokens, mean);
@@ -337,7 +337,7 @@ TEST_P(QuantisedTest, EveryTargetGivesTheSameBits) {
           const float scale = random() % 4 == 0 ? 0 : std::ldexp(1.0F, static_cast<int>(random() % 120) - 60);
           return Gaussian(head_dim, random, random() % 2 == 0 ? 1 : scale);
         });
-        const int tokens = cap - static_cast<int>(random() % 4);
+        const int tokens = cap - std::min(cap - 1, static_cast<int>(random() % 4));
         const HeadArgs args{kind(), codec(), head_dim, cap, with_mean ? mean.data() : nullptr};
         const size_t encoded_bytes = quantised.head_bytes(cap);
         Bytes encoded[2] = {Bytes(encoded_bytes + kGuardBytes, kGuard), Bytes(encoded_bytes + kGuardBytes, kGuard)};

@@ -20,9 +20,9 @@
 
 namespace jointkv::kv {
 
-// A slab holds so many of the smallest blocks of 16- and 32-bit elements. Divisible by 1..6 and 8, so that of these
-// classes only the seventh (28 tokens) leaves room.
-inline constexpr int kSlabGranules = 120;
+// A slab holds so many of the smallest blocks of 16- and 32-bit elements. Divisible by 1..6, 8, 10, 12, 15 and 16 (32
+// tokens, the most common block); of the other classes 11 (22 tokens) leaves the most room, a 27th of a slab.
+inline constexpr int kSlabGranules = 240;
 
 class Arena {
  public:

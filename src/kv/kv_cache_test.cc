@@ -20,6 +20,9 @@ constexpr TokenId kLineEnd = 0;
 constexpr size_t kGranule = 64;  // one head of 4 channels in bf16, padded to a cache line
 constexpr size_t kSlab = kGranule * kSlabGranules;
 
+// Of physical blocks with room for so many tokens.
+constexpr size_t BytesOf(int cap) { return kGranule * static_cast<size_t>(cap) / codec::kClassStep; }
+
 // n tokens, the last of them a line's end: exactly one block while n < 16.
 Tokens Line(TokenId first, int n) {
   Tokens tokens;
@@ -118,11 +121,11 @@ TEST(KvCache, AKnownEndTakesItsSizeClassAtOnce) {
   ASSERT_TRUE(store.Append(id, Line(1, 10) + Line(2, 5)));
   const auto blocks = store->blocks(id);
   ASSERT_EQ(blocks.size(), 2u);
-  EXPECT_EQ(blocks[0].cap, 12);
-  EXPECT_EQ(blocks[1].cap, 8);
+  EXPECT_EQ(blocks[0].cap, 10);
+  EXPECT_EQ(blocks[1].cap, 6);
   EXPECT_EQ(blocks[1].start, 10);
   EXPECT_TRUE(blocks[0].complete && !blocks[0].sealed);
-  EXPECT_EQ(store->stats().used_bytes, 4 * (3 + 2) * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, 4 * BytesOf(10 + 6));
   store.Finish(id);
   EXPECT_TRUE(store->blocks(id)[0].sealed && store->blocks(id)[1].sealed);
 }
@@ -150,7 +153,7 @@ TEST(KvCache, AnOpenBlockDoublesAndMovesToItsClassWhenSealed) {
   }
   EXPECT_EQ(store->blocks(id)[0].cap, 12);
   EXPECT_TRUE(store->blocks(id)[0].sealed);
-  EXPECT_EQ(store->stats().used_bytes, 4 * 3 * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, 4 * BytesOf(12));
 }
 
 TEST(KvCache, TablesGrowPastTheirReservation) {
@@ -305,7 +308,7 @@ TEST(KvCache, SlidingWindowsGiveBackWhatNoQueryCanSee) {
   ASSERT_TRUE(store.Step(id, {1}));  // at 21: 10..20
   EXPECT_FALSE(store.Block(id, 1, 0).valid());
   EXPECT_TRUE(store.Block(id, 0, 0).valid());
-  EXPECT_EQ(store->stats().used_bytes, (2 * (3 + 3 + 2) + 2 * (3 + 2)) * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, 2 * BytesOf(10 + 10 + 8) + 2 * BytesOf(10 + 8));
 }
 
 // 5 x 8 tokens; a window of 12 at position 40 looks back to 29: blocks 0..2 leave the second layer.
@@ -325,7 +328,7 @@ TEST(KvCache, StrippedEntriesServeOnlyDepthsThatStillHaveTheirWindow) {
   const size_t before = store->stats().used_bytes;
   store->DropPrefixCache();  // the running sequence has moved past blocks 0..2 in the second layer
   store->CheckIntegrity();
-  EXPECT_EQ(store->stats().used_bytes, before - 3 * 2 * 2 * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, before - 3 * 2 * BytesOf(8));
   EXPECT_EQ(store->stats().used_bytes, store->stats().running_bytes);
   store.Check(id);
   const SequenceId deep = store.Run(kA, FiveLines() + Tokens{1}, 40);
@@ -465,13 +468,13 @@ TEST(KvCache, ASealedBlockWithoutASlabForItsClassKeepsItsOwn) {
 TEST(KvCache, AStrippedEntryOfAnotherClassIsLeftAlone) {
   Store store({0, 12}, 2);
   const SequenceId far = store.Create(kA);
-  const Tokens nine = OpenTokens(store, 9);
-  const SequenceId blocker = store.Run(kB, nine, 0);
-  ASSERT_TRUE(store.Step(far, nine));
+  const Tokens eleven = OpenTokens(store, 11);
+  const SequenceId blocker = store.Run(kB, eleven, 0);
+  ASSERT_TRUE(store.Step(far, eleven));
   std::vector<SequenceId> extra;  // fill both slabs with the class of 16
   while (store->stats().held_bytes < 2 * kSlab) {
     extra.push_back(store.Create(kB));
-    ASSERT_TRUE(store.Step(extra.back(), nine));
+    ASSERT_TRUE(store.Step(extra.back(), eleven));
   }
   ASSERT_TRUE(store.Step(far, {kLineEnd}));
   ASSERT_EQ(store->blocks(far)[0].cap, 16);
@@ -482,7 +485,7 @@ TEST(KvCache, AStrippedEntryOfAnotherClassIsLeftAlone) {
   EXPECT_FALSE(store.Block(far, 1, 0).valid());
 
   const SequenceId near = store.Create(kA);
-  ASSERT_TRUE(store.Step(near, nine + Tokens{kLineEnd}));
+  ASSERT_TRUE(store.Step(near, eleven + Tokens{kLineEnd}));
   EXPECT_EQ(store->blocks(near)[0].cap, 12);
   EXPECT_EQ(store->sharers(store.Block(near, 0, 0)), 1);
   store.Free(far);
@@ -510,7 +513,7 @@ TEST(KvCache, StatsAddUpAndReturnToZero) {
   KvStats stats = store->stats();
   EXPECT_EQ(stats.logical_bytes, 21 * store->shape().logical_token_bytes());
   EXPECT_EQ(store->shape().logical_token_bytes(), 4u * 4 * 2);
-  EXPECT_EQ(stats.used_bytes, 4 * (3 + 2) * kGranule);
+  EXPECT_EQ(stats.used_bytes, 4 * BytesOf(10 + 8));
   EXPECT_EQ(stats.running_bytes, stats.used_bytes);
   EXPECT_EQ(stats.held_bytes, 2 * kSlab);
   EXPECT_GT(stats.metadata_bytes, 0u);
@@ -519,7 +522,7 @@ TEST(KvCache, StatsAddUpAndReturnToZero) {
   stats = store->stats();
   EXPECT_EQ(stats.running_bytes, 0u);
   EXPECT_EQ(stats.logical_bytes, 0u);
-  EXPECT_EQ(stats.used_bytes, 4 * 3 * kGranule);
+  EXPECT_EQ(stats.used_bytes, 4 * BytesOf(10));
   store->DropPrefixCache();
   stats = store->stats();
   EXPECT_EQ(stats.used_bytes, 0u);
@@ -529,11 +532,11 @@ TEST(KvCache, StatsAddUpAndReturnToZero) {
 TEST(KvCache, RoomForANewSequenceCountsWhatRunsNotWhatIsCached) {
   Store store({0, 12}, 1);
   EXPECT_EQ(store->MinimumBytes(0), 0u);
-  EXPECT_EQ(store->MinimumBytes(9), 4 * 3 * kGranule);
-  EXPECT_EQ(store->MinimumBytes(100), (2 * 25 + 2 * 3) * kGranule);
+  EXPECT_EQ(store->MinimumBytes(9), 4 * BytesOf(10));
+  EXPECT_EQ(store->MinimumBytes(100), 2 * BytesOf(100) + 2 * BytesOf(12));
   store.Free(store.Run(kA, Line(1, 8) + Line(2, 8), 0));
-  EXPECT_TRUE(store->HasRoomFor(200, 0));  // (2 * 50 + 2 * 3) of 120 granules
-  EXPECT_FALSE(store->HasRoomFor(200, 15 * kGranule));
+  EXPECT_TRUE(store->HasRoomFor(200, 0));  // 2 * 200 + 2 * 12 of 480 tokens
+  EXPECT_FALSE(store->HasRoomFor(200, BytesOf(60)));
   EXPECT_FALSE(store->HasRoomFor(300, 0));
   store.Run(kA, Line(3, 8) + Line(4, 8), 0);
   EXPECT_FALSE(store->HasRoomFor(200, 0));
@@ -566,8 +569,8 @@ TEST(KvCache, ARedirectFreesTheBlockAndMovesItsForksAndItsEntryAlong) {
   EXPECT_EQ(store.Block(b, 0, 0), target);
   EXPECT_EQ(store.Block(fork, 0, 0), target);
   EXPECT_EQ(store->sharers(target), 5);  // three slots, two entries
-  EXPECT_EQ(store->stats().used_bytes, before.used_bytes - 3 * kGranule);
-  EXPECT_EQ(store->stats().running_bytes, before.running_bytes - 3 * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, before.used_bytes - BytesOf(10));
+  EXPECT_EQ(store->stats().running_bytes, before.running_bytes - BytesOf(10));
   EXPECT_NE(store->table(b, 0, Kind::kV)[0], store->table(a, 0, Kind::kV)[0]);  // each table for itself
   // Whoever adopts the chain finds it there.
   const SequenceId c = store->Create(kA, 64, Sharing::kLossy);
@@ -657,7 +660,7 @@ TEST(KvCache, RedirectAllTakesEverySlotAndEntryAlong) {
   EXPECT_EQ(store.Block(a, 0, 0), target);
   EXPECT_EQ(store.Block(b, 0, 1), target);
   EXPECT_EQ(store.Block(fork, 0, 1), target);
-  EXPECT_EQ(store->stats().used_bytes, used - 3 * kGranule);
+  EXPECT_EQ(store->stats().used_bytes, used - BytesOf(10));
   EXPECT_EQ(store->scales(a, 0, Kind::kK)[0], 4);
   EXPECT_EQ(store->scales(fork, 0, Kind::kK)[1], 2);
   EXPECT_EQ(store->scales(c, 0, Kind::kK)[0], 1);
@@ -736,7 +739,7 @@ TEST(KvCache, SlotsSayHowTheyShare) {
   EXPECT_EQ(stats.blocks[0], stats.private_slots);
   EXPECT_EQ(stats.blocks[1], 4 + 1);
   EXPECT_EQ(stats.domain_bytes[kA], store->running_bytes());
-  EXPECT_EQ(stats.unfused_bytes, store->running_bytes() + 2 * kGranule);  // a block of 8 tokens
+  EXPECT_EQ(stats.unfused_bytes, store->running_bytes() + BytesOf(8));
 
   store.Free(a);
   EXPECT_EQ(store->state(b, 0, 0), SlotState::kPrefix);  // adopted, though nobody else runs on it now
