@@ -44,8 +44,8 @@ check: ## format and include checks, as CI runs them
 
 tidy: ## clang-tidy over all sources
 	@tools/setup --dev --no-build
-	@cmake --preset clang $(cache_variables) --log-level=WARNING
-	@run-clang-tidy -quiet -p build/clang '/(src|bench|tests)/'
+	@cmake --preset clang $(cache_variables) -DJOINTKV_BENCHMARKS=ON --log-level=WARNING
+	@run-clang-tidy -quiet -p build/clang '^$(CURDIR)/(src|bench|tests)/'
 
 bench-peers: setup ## speed against llama.cpp and OpenVINO GenAI, interleaved on this machine
 	@bench/peers/engine

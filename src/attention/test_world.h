@@ -69,7 +69,7 @@ class World {
     if (shape.sealed.has_value()) kv.sealed.assign(kv.n_tables(), *shape.sealed);
     // Each token may stand alone in a block of the smallest class.
     const size_t bytes =
-        kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (4u << 20);
+        kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (8u << 20);
     auto cache = kv::KvCache::Create(kv, kv::BlockCutter({1}),
                                      {.cap_bytes = bytes,
                                       .prefix_cache = true,

@@ -2,10 +2,12 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cctype>
 #include <charconv>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <fstream>
 
@@ -63,9 +65,31 @@ size_t AvailableMemoryBytes() {
   size_t kib = 0;
   std::string unit;
   while (file >> key >> kib >> unit) {
-    if (key == "MemAvailable:") return kib * 1024;
+    if (key == "MemAvailable:")
+      return std::min(kib * 1024, ControlGroupBytesLeft("/sys/fs/cgroup", "/proc/self/cgroup"));
   }
   return 0;
+}
+
+size_t ControlGroupBytesLeft(const std::string& root, const std::string& membership) {
+  size_t left = SIZE_MAX;
+  // The line of version 2 is "0::/path"; inside a container the path is often just "/".
+  std::ifstream lines(membership);
+  std::string group;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("0::/")) group = line.substr(3);
+  }
+  if (group.empty()) return left;
+  while (true) {
+    size_t most = 0;
+    size_t used = 0;
+    std::ifstream max_file(root + group + "/memory.max");
+    std::ifstream current_file(root + group + "/memory.current");
+    // "max" for no limit is no number.
+    if (max_file >> most && current_file >> used) left = std::min(left, most - std::min(most, used));
+    if (group.size() <= 1) return left;
+    group.resize(std::max<size_t>(1, group.rfind('/')));
+  }
 }
 
 size_t ResidentBytes() {

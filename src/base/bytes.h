@@ -17,8 +17,13 @@ Expected<size_t> ParseBytes(std::string_view text);
 // "134.0 MiB"
 std::string FormatBytes(size_t bytes);
 
-// Memory that the operating system would give without swapping (MemAvailable), in bytes; 0 when unknown.
+// Memory that this process could take without swapping, in bytes: what the machine has left (MemAvailable), or its
+// control groups if that is less; 0 when unknown.
 size_t AvailableMemoryBytes();
+
+// The least that control groups (version 2) leave of their memory.max, from the process's group up to the root, in
+// bytes; SIZE_MAX where none has a limit. root: where they are mounted; membership: a file as /proc/self/cgroup.
+size_t ControlGroupBytesLeft(const std::string& root, const std::string& membership);
 
 // This process's resident set, in bytes; 0 when unknown.
 size_t ResidentBytes();

@@ -1,5 +1,8 @@
 #include "base/bytes.h"
 
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
 #include <string>
 
 #include <gtest/gtest.h>
@@ -57,6 +60,36 @@ TEST(BytesTest, Formats) {
   EXPECT_EQ(FormatBytes(1024), "1.0 KiB");
   EXPECT_EQ(FormatBytes(size_t{134} << 20), "134.0 MiB");
   EXPECT_EQ(FormatBytes(size_t{5} << 50), "5120.0 TiB");
+}
+
+TEST(BytesTest, ControlGroupsLimitEachOther) {
+  namespace fs = std::filesystem;
+  const fs::path root = fs::path(testing::TempDir()) / "control_groups";
+  fs::remove_all(root);
+  fs::create_directories(root / "a" / "b");
+  const auto write = [&](const char* name, const char* text) { std::ofstream(root / name) << text; };
+  const auto left = [&](const char* membership) {
+    write("membership", membership);
+    return ControlGroupBytesLeft(root.string(), (root / "membership").string());
+  };
+  EXPECT_EQ(left("0::/a/b\n"), SIZE_MAX);  // no files
+  write("a/b/memory.max", "max\n");
+  write("a/b/memory.current", "10\n");
+  EXPECT_EQ(left("0::/a/b\n"), SIZE_MAX);
+  write("a/memory.max", "1000\n");
+  write("a/memory.current", "400\n");
+  EXPECT_EQ(left("1:name=systemd:/x\n0::/a/b\n"), 600U);
+  write("a/b/memory.max", "25\n");
+  EXPECT_EQ(left("0::/a/b\n"), 15U);
+  write("a/b/memory.current", "30\n");
+  EXPECT_EQ(left("0::/a/b\n"), 0U);
+  EXPECT_EQ(left("0::/a\n"), 600U);
+  EXPECT_EQ(left("0::/\n"), SIZE_MAX);
+  write("memory.max", "7\n");
+  write("memory.current", "1\n");
+  EXPECT_EQ(left("0::/\n"), 6U);
+  EXPECT_EQ(left(""), SIZE_MAX);  // version 1
+  fs::remove_all(root);
 }
 
 TEST(BytesTest, KnowsTheMachine) {

@@ -1,5 +1,4 @@
 // CHECK: a broken invariant of our own ends the process with file, line and condition. Never for input.
-// DCHECK: the same in debug builds, for checks too dear for a release step.
 #pragma once
 
 namespace jointkv {
@@ -11,14 +10,3 @@ namespace jointkv {
     if (!(condition)) [[unlikely]]                            \
       ::jointkv::CheckFailed(__FILE__, __LINE__, #condition); \
   } while (false)
-
-#ifdef NDEBUG
-#define DCHECK(condition) \
-  do {                    \
-    if (false) {          \
-      CHECK(condition);   \
-    }                     \
-  } while (false)
-#else
-#define DCHECK(condition) CHECK(condition)
-#endif

@@ -26,7 +26,8 @@ namespace {
 
 using OrderedJson = nlohmann::ordered_json;
 
-constexpr std::array<codec::Codec, 3> kCodecs = {codec::Codec::kBf16, codec::Codec::kF16, codec::Codec::kF32};
+constexpr std::array kCodecs = {codec::Codec::kBf16, codec::Codec::kF16, codec::Codec::kF32, codec::Codec::kQ8,
+                                codec::Codec::kQ4};
 
 OrderedJson HyperparametersJson(const gguf::Hyperparameters& hp) {
   const auto rope = [](const gguf::Rope& r) {

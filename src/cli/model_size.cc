@@ -3,13 +3,16 @@
 #include <algorithm>
 
 #include "base/checked.h"
+#include "codec/layout.h"
 #include "dense/linear.h"
 
 namespace jointkv::cli {
 namespace {
 
-size_t LayerTokenBytes(const gguf::Hyperparameters& hp, codec::Codec codec) {
-  return 2 * static_cast<size_t>(hp.d_kv()) * codec::ElementBytes(codec);
+// K and V of `tokens` tokens in one layer, at the rate of the largest blocks.
+size_t LayerBytes(const gguf::Hyperparameters& hp, codec::Codec codec, int64_t tokens) {
+  const codec::BlockLayout layout{hp.n_kv_heads, hp.head_dim, codec};
+  return 2 * layout.block_bytes(codec::kBlockTokensMax) * static_cast<size_t>(tokens) / codec::kBlockTokensMax;
 }
 
 }  // namespace
@@ -30,14 +33,14 @@ MatrixSize MatricesOf(const gguf::GgufFile& file, dense::Precision precision) {
 int64_t OutputElements(const gguf::Hyperparameters& hp) { return int64_t{hp.d_model} * hp.n_vocab; }
 
 size_t KvTokenBytes(const gguf::Hyperparameters& hp, codec::Codec codec) {
-  return static_cast<size_t>(hp.n_layers) * LayerTokenBytes(hp, codec);
+  return static_cast<size_t>(hp.n_layers) * LayerBytes(hp, codec, 1);
 }
 
 size_t KvSequenceBytes(const gguf::Hyperparameters& hp, codec::Codec codec, int64_t tokens) {
   size_t bytes = 0;
   for (const bool swa : hp.is_swa_layer) {
     const int64_t held = swa ? std::min<int64_t>(tokens, hp.sliding_window) : tokens;
-    bytes += static_cast<size_t>(held) * LayerTokenBytes(hp, codec);
+    bytes += LayerBytes(hp, codec, held);
   }
   return bytes;
 }

@@ -33,8 +33,9 @@ struct Summary {
   int64_t output_tokens = 0;
   double wall_s = 0;
   double req_s = 0;
+  // The seconds of a step that does both are divided by their rows, although one row beside many costs a little more.
   double prefill_tok_s = 0;  // computed prompt tokens / seconds of prefill
-  double decode_tok_s = 0;   // output tokens / seconds of decode
+  double decode_tok_s = 0;   // output tokens after each first one / seconds of decode
   Percentiles ttft_ms;
   Percentiles tpot_ms;
   int64_t kv_bytes_peak = 0;          // blocks that running sequences refer to

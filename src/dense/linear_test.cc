@@ -245,6 +245,38 @@ TEST(LinearTest, QuantisedIsTheProductUpToTheActivationStep) {
   }
 }
 
+// Every type that ggml can make values of is taken, in each way that there is.
+TEST(LinearTest, EveryTypeOfGgmls) {
+  int types = 0;
+  for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
+    const auto type = static_cast<ggml_type>(t);
+    if (ggml_get_type_traits(type)->to_float == nullptr || type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K) continue;
+    SCOPED_TRACE(ggml_type_name(type));
+    ++types;
+    const Rows x(Precision::kF32, 3, kIn);
+    for (const WeightsMemory memory : {WeightsMemory::kPacked, WeightsMemory::kLean}) {
+      Model model({{type, 40, true}}, {Precision::kF32, memory});
+      const std::vector<float> packed = model.Forward(2, x.view, 0);
+      const std::vector<float> quantised = model.Forward(2, x.view, 3);
+      double error = 0;
+      double size = 0;
+      for (int r = 0; r < 3; ++r) {
+        for (int o = 0; o < model.out(); ++o) {
+          const size_t at = static_cast<size_t>(r) * model.out() + o;
+          const Dot dot = model.Reference(x.row(r), o);
+          ASSERT_NEAR(packed[at], dot.value, dot.Tolerance());
+          error += std::pow(quantised[at] - dot.value, 2);
+          size += std::pow(dot.value, 2);
+        }
+      }
+      EXPECT_GT(size, 0);
+      // Activations of 8 bits in blocks of up to 256: steps of 1 / 127 of their largest value, which is about 3.
+      EXPECT_LE(error, size * 1e-4);
+    }
+  }
+  EXPECT_GE(types, 20);
+}
+
 // As above for packed integers: scales are f32 and groups 32 whatever the type. Weights off their file's grid, and
 // offsets and steps in fewer bits, add to it.
 TEST(LinearTest, Int8IsTheProductUpToTheActivationStep) {

@@ -19,7 +19,8 @@ struct Weight {
   Weight(ggml_type type, int in, int out, uint64_t seed) {
     const std::vector<float> source = RandomFloats(static_cast<size_t>(in) * out, seed);
     bytes.resize(ggml_row_size(type, in) * out);
-    ggml_quantize_chunk(type, source.data(), bytes.data(), 0, out, in, nullptr);
+    const std::vector<float> importance(static_cast<size_t>(in), 1);  // which types below 3 bits insist on
+    ggml_quantize_chunk(type, source.data(), bytes.data(), 0, out, in, importance.data());
     tensor.name = std::string("w.") + ggml_type_name(type);
     tensor.type = type;
     tensor.n_dims = 2;

@@ -99,8 +99,8 @@ TEST_P(DeterminismTest, NothingBesideARequestShows) {
   alone.one_by_one = true;
   const Result reference = RunJobs(options, alone, jobs);
   const size_t granule_bytes = Driver(options).engine().cache().shape().layout.granule_bytes();
-  const size_t small = 1200 * granule_bytes;
-  const size_t smaller = 1080 * granule_bytes;  // shorter steps get by with less
+  const size_t small = 2880 * granule_bytes;
+  const size_t smaller = 2640 * granule_bytes;  // shorter steps get by with less
   const Setting settings[] = {
       {.name = "together"},
       {.name = "steps of 1", .step_tokens = 1},
@@ -175,7 +175,7 @@ TEST(DeterminismTest, RealPrompts) {
   const Setting alone = {.name = "alone", .one_by_one = true};
   const Result reference = RunJobs(options, alone, jobs);
   // Room for a few of them.
-  Setting tight = {.name = "together, little room", .kv_bytes = size_t{6} << 20};
+  Setting tight = {.name = "together, little room", .kv_bytes = size_t{4} << 20};
   Result result = RunJobs(options, tight, jobs);
   EXPECT_GT(result.stats.preemptions, 0);
   ExpectSame(result, reference, tight.name);
@@ -183,7 +183,7 @@ TEST(DeterminismTest, RealPrompts) {
            .step_tokens = 100,
            .threads = 1,
            .prefix_cache = true,
-           .kv_bytes = size_t{6} << 20,
+           .kv_bytes = size_t{4} << 20,
            .reversed = true};
   result = RunJobs(options, tight, jobs);
   ExpectSame(result, reference, tight.name);

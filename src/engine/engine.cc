@@ -98,8 +98,10 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   kv::KvShape shape = engine->model_->CacheShape(codec::Codec::kBf16);
   ASSIGN_OR_RETURN(KvCodecs codecs,
                    ResolveKvTypes(options.kv_type, shape.n_layers(), f32 ? codec::Codec::kF32 : codec::Codec::kBf16));
-  if (engine->options_.fusion.policy == joint::Policy::kCosine && !codecs.sealed.empty()) {
-    return Status(StatusCode::kUnsupported, "kv-type: q8 and q4 cannot be used with kv-fusion cosine");
+  if (!codecs.sealed.empty() && (options.deterministic || options.fusion.policy == joint::Policy::kCosine)) {
+    // Scales and means come from whatever ran first, and rows that read a block before it is encoded from the schedule.
+    return Status(StatusCode::kUnsupported, std::string("kv-type: q8 and q4 cannot be used with ") +
+                                                (options.deterministic ? "deterministic" : "kv-fusion cosine"));
   }
   shape.layout.codec = codecs.written;
   shape.sealed = std::move(codecs.sealed);
@@ -178,11 +180,13 @@ Expected<RequestId> Engine::Submit(Request request) {
   request.sampling.max_tokens = std::min(request.sampling.max_tokens, max_context_ - prompt_tokens);
   const int longest = prompt_tokens + request.sampling.max_tokens;
   const size_t capacity = cache_->stats().capacity_bytes;
-  if (cache_->MinimumBytes(longest) > capacity) {
-    return Status(StatusCode::kResourceExhausted, "request: " + std::to_string(longest) +
-                                                      " tokens of prompt and output need at least " +
-                                                      FormatBytes(cache_->MinimumBytes(longest)) +
-                                                      " of KV memory, kv-bytes is " + FormatBytes(capacity));
+  const bool fuses = fusion_->enabled() && request.kv_fusion;
+  const size_t least =
+      fuses ? cache_->MinimumBytes(longest) : cache_->LeastBytes(request.prompt, request.sampling.max_tokens);
+  if (least > capacity) {
+    return Status(StatusCode::kResourceExhausted,
+                  "request: " + std::to_string(longest) + " tokens of prompt and output need at least " +
+                      FormatBytes(least) + " of KV memory, kv-bytes is " + FormatBytes(capacity));
   }
   ASSIGN_OR_RETURN(StopStringMatcher stops, StopStringMatcher::Create(request.sampling.stop));
 
@@ -255,7 +259,7 @@ bool Engine::Step(std::vector<Event>& events) {
 
   const double step_s = MonotonicSeconds() - start_s;
   int decode_rows = 0;
-  for (const PlannedSpan& planned : planned_) decode_rows += planned.span.rows == 1;
+  for (const PlannedSpan& planned : planned_) decode_rows += planned.decodes;
   const double decode_share = static_cast<double>(decode_rows) / static_cast<double>(step_tokens_.size());
   stats_.decode_s += step_s * decode_share;
   stats_.prefill_s += step_s * (1 - decode_share);
@@ -264,6 +268,9 @@ bool Engine::Step(std::vector<Event>& events) {
   stats_.prefill_tokens += static_cast<int64_t>(step_tokens_.size()) - decode_rows;
   stats_.decode_tokens += decode_rows;
   ++stats_.steps;
+#ifdef JOINTKV_CHECK_EACH_STEP
+  cache_->CheckIntegrity();
+#endif
   return true;
 }
 

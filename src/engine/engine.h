@@ -153,6 +153,7 @@ class Engine {
   struct PlannedSpan {
     Sequence* sequence = nullptr;
     attention::RowSpan span;
+    bool decodes = false;  // its prompt was computed before
   };
   std::vector<PlannedSpan> planned_;
   std::vector<TokenId> step_tokens_;

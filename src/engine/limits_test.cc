@@ -92,6 +92,13 @@ TEST(LimitsTest, RejectsBadOptions) {
   EXPECT_EQ(code([](EngineOptions& o) { o.max_context = 1 << 30; }), StatusCode::kOutOfRange);
   EXPECT_EQ(code([](EngineOptions& o) { o.max_context = -1; }), StatusCode::kOutOfRange);
   EXPECT_EQ(code([](EngineOptions& o) { o.kv_bytes = 1; }), StatusCode::kInvalidArgument);
+  const auto encodes = [](EngineOptions& o) { o.kv_type = {{.type = {codec::Codec::kQ8, codec::Codec::kQ4}}}; };
+  EXPECT_EQ(code(encodes), StatusCode::kOk);
+  EXPECT_EQ(code([&](EngineOptions& o) {
+              encodes(o);
+              o.deterministic = true;
+            }),
+            StatusCode::kUnsupported);
   EXPECT_EQ(code([](EngineOptions& o) { o.model_path += ".none"; }), StatusCode::kNotFound);
 }
 
@@ -139,6 +146,22 @@ TEST(LimitsTest, WhatCanNeverFit) {
     for (const RequestId id : small) EXPECT_EQ(driver.of(id).end.finish, FinishReason::kLength);
     driver.ExpectAllFree();
   }
+}
+
+// Without fusion the prompt's own blocks are counted, gaps and all.
+TEST(LimitsTest, WhatHasTooManyGaps) {
+  EngineOptions options = TestOptions();
+  options.kv_bytes = size_t{2} << 20;
+  options.fusion.policy = joint::Policy::kOff;
+  Driver driver(options);
+  const size_t capacity = driver.engine().kv_stats().capacity_bytes;
+  int longest = 1;
+  while (driver.engine().cache().MinimumBytes(longest + 2) <= capacity) ++longest;
+  const Tokens prompt = RandomTokens(longest, 8);
+  EXPECT_EQ(driver.SubmitStatus(prompt, Greedy(1)).code(), StatusCode::kResourceExhausted);
+  const RequestId half = driver.Submit(Tokens(prompt.begin(), prompt.begin() + longest / 2), Greedy(5));
+  driver.Run();
+  EXPECT_EQ(driver.of(half).end.finish, FinishReason::kLength);
 }
 
 // A prompt of several choices that fills the store before they fork ends all of them.

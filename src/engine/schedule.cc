@@ -131,7 +131,7 @@ void Engine::Plan() {
     const auto first = sequence->tokens.begin() + sequence->computed;
     step_tokens_.insert(step_tokens_.end(), first, first + span.rows);
     step_spans_.push_back(span);
-    planned_.push_back({sequence.get(), span});
+    planned_.push_back({sequence.get(), span, sequence->decodes});
     PlanPromptOutputs(*sequence, span);
     if (span.rows == sequence->Remaining() && !sequence->request->request.embed) {
       logit_rows_.push_back(span.first_row + span.rows - 1);

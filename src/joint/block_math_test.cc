@@ -1,6 +1,7 @@
 // Block arithmetic against plain double precision, for every codec, kind and Highway target.
 #include "joint/block_math.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -64,7 +65,7 @@ void ForEachShape(F&& f) {
                                            std::string(codec::CodecName(codec)) + (kind == Kind::kK ? " K" : " V") +
                                                ", head_dim " + std::to_string(head_dim) + ", cap " +
                                                std::to_string(cap));
-          for (const int tokens : {cap, cap - 1, cap - 3}) f(layout, kind, cap, tokens, seed += 2);
+          for (const int tokens : {cap, cap - 1, std::max(1, cap - 3)}) f(layout, kind, cap, tokens, seed += 2);
         }
       }
     }

@@ -96,7 +96,7 @@ TEST(Statistics, NothingIsKnownBeforeTheFirstToken) {
   const Statistics statistics(kLayout, {nullptr, nullptr});
   for (int table = 0; table < 4; ++table) {
     EXPECT_EQ(statistics.energy(table), 0);
-    EXPECT_FALSE(statistics.full(table));
+    EXPECT_FALSE(statistics.enough(table));
   }
   std::vector<float> mean;
   statistics.Mean(kValues, Kind::kV, 0, 3, mean);

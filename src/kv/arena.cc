@@ -129,6 +129,13 @@ bool Arena::CanAllocate(std::span<const int> needed, int spare_slabs) const {
   return slabs == 0 || slabs + spare_slabs <= free_slabs_.size();
 }
 
+size_t Arena::HeldBytesOf(std::span<const int> blocks) const {
+  CHECK(blocks.size() <= class_bytes_.size());
+  size_t slabs = 0;
+  for (size_t c = 0; c < blocks.size(); ++c) slabs += CeilDiv(blocks[c], Slots(static_cast<int>(c)));
+  return slabs * slab_bytes_;
+}
+
 size_t Arena::metadata_bytes() const { return slabs_.size() * (sizeof(Slab) + sizeof(int)); }
 
 void Arena::CheckIntegrity() const {

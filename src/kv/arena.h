@@ -48,6 +48,9 @@ class Arena {
   // slabs be left free.
   bool CanAllocate(std::span<const int> needed, int spare_slabs = 0) const;
 
+  // What blocks[c] blocks of each class c (of the first blocks.size()) hold when they are all that there is.
+  size_t HeldBytesOf(std::span<const int> blocks) const;
+
   std::byte* data(BlockId block) const {
     const int slab = block.value >> kSlotBits;
     return base_ + slab * slab_bytes_ + static_cast<size_t>(block.value & (kSlotsMax - 1)) * slabs_[slab].block_bytes;

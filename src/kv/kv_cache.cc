@@ -736,9 +736,29 @@ size_t KvCache::MinimumBytes(int tokens) const {
   return bytes;
 }
 
+size_t KvCache::LeastBytes(std::span<const TokenId> tokens, int more) const {
+  const size_t least = MinimumBytes(static_cast<int>(tokens.size()) + more);
+  // Windows give blocks back, and encoding shrinks them.
+  if (widest_window_ > 0 || codecs_.size() > 1) return least;
+  int complete[codec::kClasses] = {};
+  size_t at = 0;
+  for (int length = 0; (length = cutter_.FirstBlock(tokens.subspan(at))) != 0; at += static_cast<size_t>(length)) {
+    complete[ClassOf(codec::ClassCapacity(length))] += shape_.n_tables();
+  }
+  // What is left over in slabs of complete blocks may hold the rest.
+  const auto rest = static_cast<int>(tokens.size() - at);
+  size_t bytes = MinimumBytes(rest + more);
+  for (int c = 0; c < codec::kClasses; ++c)
+    bytes += static_cast<size_t>(complete[c]) * shape_.layout.block_bytes((c + 1) * codec::kClassStep);
+  if (rest > 0) complete[ClassOf(OpenCapacity(rest))] += shape_.n_tables();  // as the prompt ends
+  return std::max({least, bytes, arena_->HeldBytesOf(complete)});
+}
+
 bool KvCache::HasRoomFor(int tokens, size_t reserve_bytes) const {
-  const size_t taken = running_bytes_ + reserve_bytes + MinimumBytes(tokens);
-  return taken <= arena_->capacity_bytes();
+  // In a full store each class leaves half a slab on average.
+  const size_t capacity = arena_->capacity_bytes();
+  const size_t gaps = std::min(codec::kClasses / 2 * arena_->slab_bytes(), capacity / 16);
+  return running_bytes_ + reserve_bytes + MinimumBytes(tokens) <= capacity - gaps;
 }
 
 std::span<const LogicalBlock> KvCache::blocks(SequenceId sequence) const { return Get(sequence).blocks; }

@@ -175,6 +175,9 @@ class KvCache {
   bool HasRoomFor(int tokens, size_t reserve_bytes) const;
   // Least bytes that `tokens` tokens can take: a request beyond the capacity can never run.
   size_t MinimumBytes(int tokens) const;
+  // The same of a sequence of these tokens and `more` unknown ones that shares nothing, in whole slabs: no less than
+  // MinimumBytes.
+  size_t LeastBytes(std::span<const TokenId> tokens, int more) const;
 
   // Views for kernels. Valid until the next change of the sequence.
   std::span<const LogicalBlock> blocks(SequenceId sequence) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <random>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -540,6 +541,24 @@ TEST(KvCache, RoomForANewSequenceCountsWhatRunsNotWhatIsCached) {
   EXPECT_FALSE(store->HasRoomFor(300, 0));
   store.Run(kA, Line(3, 8) + Line(4, 8), 0);
   EXPECT_FALSE(store->HasRoomFor(200, 0));
+}
+
+// What is said beforehand is what one sequence alone then holds.
+TEST(KvCache, LeastBytesAreWhatASequenceHolds) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 50; ++i) {
+    Store store({0, 0}, 32, false);
+    Tokens tokens(1 + random() % 500);
+    for (TokenId& token : tokens) token = static_cast<TokenId>(random() % (i % 2 == 0 ? 1000 : 20));
+    const size_t least = store->LeastBytes(tokens, 0);
+    EXPECT_GE(least, store->MinimumBytes(static_cast<int>(tokens.size())));
+    EXPECT_GE(store->LeastBytes(tokens, 40), least);
+    const SequenceId id = store.Create(kA, 600);
+    ASSERT_TRUE(store.Append(id, tokens));
+    EXPECT_EQ(least, store->stats().held_bytes) << tokens.size();
+  }
+  Store windows({0, 12});
+  EXPECT_EQ(windows->LeastBytes(Line(1, 9), 20), windows->MinimumBytes(29));
 }
 
 TEST(KvCache, LossyAndExactSequencesShareNoPrefix) {

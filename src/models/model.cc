@@ -100,6 +100,10 @@ Expected<dense::Linear> Model::LoadLinear(std::initializer_list<LinearSource> so
   for (const LinearSource& source : sources) {
     ASSIGN_OR_RETURN(const gguf::Tensor* part, gguf::RequireTensor(file_, source.name + ".weight", {in, source.out}));
     parts.push_back(part);
+    if (file_.Find(source.name + ".scale") != nullptr) {
+      return Status(StatusCode::kUnsupported,
+                    "tensor '" + source.name + ".scale': matrices with a scale of their own are not supported");
+    }
     const std::string bias_name = source.name + ".bias";
     const gguf::Tensor* bias = nullptr;
     if (file_.Find(bias_name) != nullptr) {

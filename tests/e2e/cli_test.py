@@ -343,7 +343,8 @@ class Others(Case):
         self.assertEqual(done.returncode, 0)
         lines = done.stdout.splitlines()
         self.assertEqual(lines[0], f"jointkv {VERSION}")
-        for name in ("build", "CPU", "llama.cpp", "Highway", "xxHash", "spdlog", "CLI11", "nlohmann"):
+        for name in ("build", "CPU", "llama.cpp", "Highway", "xxHash", "spdlog", "fmt", "CLI11", "Boost", "OpenSSL",
+                     "nlohmann"):
             self.assertRegex(done.stdout, rf"(?m)^{name} +\S")
 
     def test_help(self):
