@@ -90,12 +90,15 @@ void AddEnvironment(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
     if (option->get_lnames().empty() || option->get_lnames().front() == "help") continue;
     option->envname(EnvironmentName(option->get_lnames().front()));
+    // A variable holds all values of one that may be given again.
+    if (option->get_expected_max() > 1 && option->get_delimiter() == '\0') option->delimiter(' ');
   }
 }
 
-// The value of --NAME VALUE or --NAME=VALUE.
+// The value of --NAME VALUE or --NAME=VALUE; of the model's short name too.
 std::optional<std::string> FindOption(const std::vector<std::string>& arguments, const std::string& name) {
   for (size_t i = 0; i < arguments.size(); ++i) {
+    if (name == "model" && arguments[i].starts_with("-m")) return arguments[i].substr(2);
     if (arguments[i] == "--" + name) return i + 1 < arguments.size() ? arguments[i + 1] : "";
     if (arguments[i].starts_with("--" + name + "=")) return arguments[i].substr(name.size() + 3);
   }

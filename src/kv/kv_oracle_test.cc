@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -47,6 +48,7 @@ struct Entry {
   int children = 0;
   int users = 0;
   int64_t unused_since = 0;
+  DomainId domain;
   int cap = 0;
   uint64_t name = 0;            // hash of domain, tree and tokens up to the block's end
   int64_t seen_at = -1;         // operation at which `blocks` were last filled in
@@ -215,9 +217,15 @@ class Run {
   }
 
   void EvictOldest() {
+    // Of the domain with the most unused entries; the lowest of several.
+    std::map<DomainId, int> unused;
+    for (const auto& [name, entry] : entries_) unused[entry->domain] += entry->users == 0;
+    const auto most = std::ranges::max_element(unused, {}, [](const auto& count) { return count.second; });
     Entry* oldest = nullptr;
     for (const auto& [name, entry] : entries_) {
-      if (entry->users == 0 && (oldest == nullptr || entry->unused_since < oldest->unused_since)) oldest = entry.get();
+      if (entry->users == 0 && entry->domain == most->first &&
+          (oldest == nullptr || entry->unused_since < oldest->unused_since))
+        oldest = entry.get();
     }
     ASSERT_NE(oldest, nullptr);
     EXPECT_EQ(oldest->children, 0);
@@ -256,6 +264,7 @@ class Run {
     if (entry == nullptr) {
       entry = std::make_unique<Entry>();
       entry->name = name;
+      entry->domain = m.domain;
       entry->parent = m.chain.empty() ? nullptr : m.chain.back();
       if (entry->parent != nullptr) ++entry->parent->children;
       entry->cap = block.cap;

@@ -95,9 +95,17 @@ void PrefixIndex::DropUser(EntryId id) {
 
 void PrefixIndex::Unlink(EntryId id) {
   PrefixEntry& entry = (*this)[id];
-  (entry.older.valid() ? (*this)[entry.older].newer : oldest_) = entry.newer;
-  (entry.newer.valid() ? (*this)[entry.newer].older : newest_) = entry.older;
+  const auto queue = unused_.find(entry.root.domain);
+  CHECK(queue != unused_.end());
+  (entry.older.valid() ? (*this)[entry.older].newer : queue->second.oldest) = entry.newer;
+  (entry.newer.valid() ? (*this)[entry.newer].older : queue->second.newest) = entry.older;
   entry.older = entry.newer = EntryId();
+  if (--queue->second.size == 0) unused_.erase(queue);
+}
+
+EntryId PrefixIndex::oldest_unused() const {
+  const auto longest = std::ranges::max_element(unused_, {}, [](const auto& queue) { return queue.second.size; });
+  return longest == unused_.end() ? EntryId() : longest->second.oldest;
 }
 
 void PrefixIndex::CheckIntegrity() const {
@@ -115,22 +123,30 @@ void PrefixIndex::CheckIntegrity() const {
     bytes += EntryBytes(entry);
   });
   ForEach([&](EntryId id, const PrefixEntry& entry) { CHECK(entry.children == children[id.index()]); });
-  EntryId before;
-  for (EntryId id = oldest_; id.valid(); id = (*this)[id].newer) {
-    const PrefixEntry& entry = (*this)[id];
-    CHECK(entry.users == 0 && entry.older == before && children[id.index()] == 0);
-    if (entry.parent.valid()) --children[entry.parent.index()];
-    before = id;
-    --unused;
+  for (const auto& [domain, queue] : unused_) {
+    int64_t size = 0;
+    EntryId before;
+    for (EntryId id = queue.oldest; id.valid(); id = (*this)[id].newer) {
+      const PrefixEntry& entry = (*this)[id];
+      CHECK(entry.root.domain == domain);
+      CHECK(entry.users == 0 && entry.older == before && children[id.index()] == 0);
+      if (entry.parent.valid()) --children[entry.parent.index()];
+      before = id;
+      ++size;
+    }
+    CHECK(before == queue.newest && size == queue.size && size > 0);
+    unused -= static_cast<size_t>(size);
   }
-  CHECK(before == newest_ && unused == 0 && bytes == metadata_bytes_);
+  CHECK(unused == 0 && bytes == metadata_bytes_);
 }
 
 void PrefixIndex::LinkNewest(EntryId id) {
   PrefixEntry& entry = (*this)[id];
-  entry.older = newest_;
-  (newest_.valid() ? (*this)[newest_].newer : oldest_) = id;
-  newest_ = id;
+  Queue& queue = unused_[entry.root.domain];
+  entry.older = queue.newest;
+  (queue.newest.valid() ? (*this)[queue.newest].newer : queue.oldest) = id;
+  queue.newest = id;
+  ++queue.size;
 }
 
 }  // namespace jointkv::kv

@@ -4,14 +4,16 @@
 // exact one, and the lossy one whose blocks may be representatives of others. It is found by a keyed hash of (domain,
 // tree, parent, tokens) and verified token by token, so a hit is never a guess.
 //
-// Entries that no sequence uses stand in a queue in order of last use, each behind its children, so the front of the
-// queue is always a leaf and eviction takes it in constant time.
+// Entries that no sequence uses stand in one queue for each domain, in order of last use, each behind its children, so
+// the front of a queue is always a leaf. Eviction takes from the longest queue: a domain that floods the index pays
+// with its own entries.
 //
 // Threads: one. Owns: its entries' tokens and block ids; the references behind the ids are the store's business.
 // Fails how: Find returns no entry.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -63,8 +65,9 @@ class PrefixIndex {
   void AddUser(EntryId id);
   void DropUser(EntryId id);
 
-  // The least recently used entry without users, always a leaf; invalid when every entry is in use.
-  EntryId oldest_unused() const { return oldest_; }
+  // The least recently used entry without users of the domain that has most of them, always a leaf; invalid when every
+  // entry is in use.
+  EntryId oldest_unused() const;
 
   PrefixEntry& operator[](EntryId id) { return entries_[id.index()]; }
   const PrefixEntry& operator[](EntryId id) const { return entries_[id.index()]; }
@@ -85,13 +88,19 @@ class PrefixIndex {
   void Unlink(EntryId id);
   void LinkNewest(EntryId id);
 
+  // Entries of one domain without users.
+  struct Queue {
+    EntryId oldest;
+    EntryId newest;
+    int64_t size = 0;
+  };
+
   uint64_t key_;
   uint64_t hash_mask_;
   std::vector<PrefixEntry> entries_;
   std::vector<EntryId> free_;
   std::unordered_map<uint64_t, EntryId> buckets_;
-  EntryId oldest_;
-  EntryId newest_;
+  std::map<DomainId, Queue> unused_;  // none is empty
   size_t metadata_bytes_ = 0;
 };
 

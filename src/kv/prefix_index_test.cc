@@ -116,6 +116,23 @@ TEST(PrefixIndexDeathTest, OnlyUnusedLeavesMayGo) {
   EXPECT_DEATH(index.DropUser(a), "users");
 }
 
+TEST(PrefixIndex, TheDomainThatFloodsPays) {
+  PrefixIndex index(1);
+  const EntryId mine = index.Insert({DomainId(1)}, EntryId(), Tokens{1}, kBlocks, {}, 4);
+  index.DropUser(mine);
+  std::vector<EntryId> flood;
+  for (TokenId token = 0; token < 5; ++token) {
+    flood.push_back(index.Insert({DomainId(2)}, EntryId(), Tokens{token}, kBlocks, {}, 4));
+    index.DropUser(flood.back());
+  }
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(index.oldest_unused(), flood[static_cast<size_t>(i)]);
+    index.Remove(flood[static_cast<size_t>(i)]);
+    index.CheckIntegrity();
+  }
+  EXPECT_EQ(index.size(), 2U);
+}
+
 // A narrow hash, so that buckets hold several entries at all times.
 TEST(PrefixIndex, RandomOperationsAgainstAMap) {
   PrefixIndex index(3, 7);

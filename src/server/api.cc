@@ -3,6 +3,8 @@
 #include <spdlog/fmt/fmt.h>
 
 #include <algorithm>
+#include <atomic>
+#include <charconv>
 #include <ctime>
 #include <set>
 #include <utility>
@@ -42,6 +44,22 @@ void CheckModel(const std::string& name, const std::string& served) {
                  .code = "model_not_found"};
 }
 
+// What is no escape stays as it is.
+std::string PercentDecoded(std::string_view text) {
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    unsigned value = 0;
+    const char* digits = text.data() + i + 1;
+    if (text[i] == '%' && i + 2 < text.size() && std::from_chars(digits, digits + 2, value, 16).ptr == digits + 2) {
+      out += static_cast<char>(value);
+      i += 2;
+    } else {
+      out += text[i];
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 // A call between its arrival and its admission.
@@ -51,7 +69,7 @@ struct Api::Job {
   Kind kind = Kind::kChat;
   std::string body;
   HeldBytes::Hold held;
-  bool gone = false;
+  std::atomic<bool> gone = false;  // the client is: nothing more need be done
   // What reading it gave:
   GenerationCall call;
   Prepared prepared;
@@ -184,10 +202,13 @@ void Api::AddCorsHeaders(const HttpRequest& request, Exchange& exchange, bool pr
     if (std::ranges::find(options_.cors_origins, request.origin) == options_.cors_origins.end()) return;
   }
   exchange.AddHeader("Access-Control-Allow-Origin", any ? "*" : request.origin);
-  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, WWW-Authenticate");
   if (!preflight) return;
   exchange.AddHeader("Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS");
-  exchange.AddHeader("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id");
+  // Clients send headers of their own (x-stainless-* of OpenAI's): none of them does harm.
+  exchange.AddHeader("Access-Control-Allow-Headers", request.wanted_headers.empty()
+                                                         ? "Authorization, Content-Type, X-Request-Id"
+                                                         : request.wanted_headers);
   exchange.AddHeader("Access-Control-Max-Age", "3600");
 }
 
@@ -255,8 +276,8 @@ void Api::Blocks(Context& context) {
 }
 
 std::string Api::ModelJson() const {
-  OrderedJson model = {
-      {"id", options_.model_name}, {"object", "model"}, {"created", started_s_}, {"owned_by", "jointkv"}};
+  OrderedJson model = {{"id", options_.model_name}, {"object", "model"},           {"created", started_s_},
+                       {"owned_by", "jointkv"},     {"root", options_.model_name}, {"parent", nullptr}};
   if (state_ != State::kLoading) model["max_model_len"] = engine_.model().context_max;
   return Dump(model);
 }
@@ -264,44 +285,87 @@ std::string Api::ModelJson() const {
 void Api::Models(Context& context) { context.exchange.Reply("{\"object\":\"list\",\"data\":[" + ModelJson() + "]}"); }
 
 void Api::Model(Context& context) {
-  CheckModel(context.request.path.substr(std::string_view("/v1/models/").size()), options_.model_name);
+  CheckModel(PercentDecoded(context.request.path.substr(std::string_view("/v1/models/").size())), options_.model_name);
   context.exchange.Reply(ModelJson());
 }
 
-void Api::Tokenize(Context& context) {
+void Api::ReplyWith(Context& context, std::function<std::string(const std::string& body)> work) {
   CheckJsonType(context.request);
   CheckReady();
-  const Json body = ParseObject(context.request.body, options_.limits.json_depth_max);
-  CheckModel(StringOr(body, "model", ""), options_.model_name);
-  const ModelInfo& model = engine_.model();
-  std::vector<TokenId> tokens;
-  const Json* prompt = Find(body, "prompt");
-  if (prompt == nullptr) {
-    tokens = EncodeMessages(Messages(body, options_.limits), model, BoolOr(body, "add_generation_prompt", true));
-  } else {
-    tokens = Encode(String(*prompt, "prompt"), "prompt", model, BoolOr(body, "add_special_tokens", true));
-  }
-  OrderedJson answer = {{"count", tokens.size()}, {"max_model_len", model.context_max}, {"tokens", tokens}};
-  if (BoolOr(body, "return_token_strs", false)) {
-    OrderedJson& strings = answer["token_strs"] = OrderedJson::array();
-    for (const TokenId token : tokens) strings.push_back(text::SanitizeUtf8(model.tokenizer->Piece(token)));
-  }
-  context.exchange.Reply(Dump(answer));
+  if (context.request.body.size() <= kInlineBodyBytes) return context.exchange.Reply(work(context.request.body));
+  struct Large {
+    Exchange exchange;
+    HttpRequest request;  // with what it counts as held
+    std::function<std::string(const std::string&)> work;
+    std::atomic<bool> gone = false;
+    std::string answer = {};
+    std::optional<ApiError> error = {};
+  };
+  const auto large = std::shared_ptr<Large>(new Large{context.exchange, std::move(context.request), std::move(work)});
+  ++in_background_;
+  large->exchange.channel().OnGone([large] { large->gone = true; });
+  executor_.in_background([this, large] {
+    try {
+      if (!large->gone) large->answer = large->work(large->request.body);
+    } catch (const ApiError& bad) {
+      large->error = bad;
+    } catch (const std::exception& bad) {
+      large->error = ApiError{.status = 500, .message = bad.what(), .type = "server_error"};
+    }
+    executor_.on_io_thread([this, large] {
+      --in_background_;
+      if (large->gone) {
+        large->exchange.Gone();
+      } else if (large->error) {
+        large->exchange.ReplyError(*large->error);
+      } else {
+        large->exchange.Reply(large->answer);
+      }
+    });
+  });
+}
+
+void Api::Tokenize(Context& context) {
+  ReplyWith(context, [this](const std::string& text) {
+    const Json body = ParseObject(text, options_.limits.json_depth_max);
+    CheckModel(StringOr(body, "model", ""), options_.model_name);
+    const ModelInfo& model = engine_.model();
+    std::vector<TokenId> tokens;
+    const Json* prompt = Find(body, "prompt");
+    if (prompt == nullptr) {
+      tokens = EncodeMessages(Messages(body, options_.limits), model, BoolOr(body, "add_generation_prompt", true));
+    } else {
+      tokens = Encode(String(*prompt, "prompt"), "prompt", model, BoolOr(body, "add_special_tokens", true));
+    }
+    OrderedJson answer = {{"count", tokens.size()}, {"max_model_len", model.context_max}, {"tokens", tokens}};
+    if (BoolOr(body, "return_token_strs", false)) {
+      OrderedJson& strings = answer["token_strs"] = OrderedJson::array();
+      for (const TokenId token : tokens) strings.push_back(text::SanitizeUtf8(model.tokenizer->Piece(token)));
+    }
+    return Dump(answer);
+  });
 }
 
 void Api::Detokenize(Context& context) {
-  CheckJsonType(context.request);
-  CheckReady();
-  const Json body = ParseObject(context.request.body, options_.limits.json_depth_max);
-  CheckModel(StringOr(body, "model", ""), options_.model_name);
-  const Json* value = Find(body, "tokens");
-  if (value == nullptr) throw BadField("tokens", "is missing");
-  const std::vector<TokenId> tokens = Tokens(*value, "tokens", options_.limits.body_bytes_max);
-  const text::Tokenizer& tokenizer = *engine_.model().tokenizer;
-  for (const TokenId token : tokens) {
-    if (!tokenizer.IsValid(token)) throw BadField("tokens", std::to_string(token) + " is not in the vocabulary");
-  }
-  context.exchange.Reply(Dump({{"prompt", text::SanitizeUtf8(tokenizer.Decode(tokens, true))}}));
+  ReplyWith(context, [this](const std::string& text) {
+    const Json body = ParseObject(text, options_.limits.json_depth_max);
+    CheckModel(StringOr(body, "model", ""), options_.model_name);
+    const Json* value = Find(body, "tokens");
+    if (value == nullptr) throw BadField("tokens", "is missing");
+    const ModelInfo& model = engine_.model();
+    const std::vector<TokenId> tokens = Tokens(*value, "tokens", options_.limits.body_bytes_max);
+    size_t bytes = 0;
+    for (const TokenId token : tokens) {
+      if (!model.tokenizer->IsValid(token))
+        throw BadField("tokens", std::to_string(token) + " is not in the vocabulary");
+      bytes += model.tokenizer->Piece(token).size();
+    }
+    if (bytes > options_.limits.response_bytes_max) {
+      throw BadField("tokens", std::to_string(bytes) + " bytes of text are above the limit of " +
+                                   std::to_string(options_.limits.response_bytes_max));
+    }
+    return Dump({{"prompt", text::SanitizeUtf8(model.tokenizer->Decode(tokens, true))}});
+  });
 }
 
 // vLLM's endpoint of that name; Hugging Face's names for what there is.
@@ -326,15 +390,15 @@ void Api::TokenizerInfo(Context& context) {
 void Api::Generate(Context& context, Kind kind) {
   CheckJsonType(context.request);
   CheckReady();
-  const auto job = std::make_shared<Job>(Job{context.exchange,
-                                             context.caller.tenant,
-                                             kind,
-                                             std::move(context.request.body),
-                                             std::move(context.request.held),
-                                             false,
-                                             {},
-                                             {},
-                                             {}});
+  const auto job = std::shared_ptr<Job>(new Job{context.exchange,
+                                                context.caller.tenant,
+                                                kind,
+                                                std::move(context.request.body),
+                                                std::move(context.request.held),
+                                                {},
+                                                {},
+                                                {},
+                                                {}});
   const bool is_short = job->body.size() <= kInlineBodyBytes;
   if (is_short) job->Parse(options_);
   if (is_short && (job->error || !job->call.has_grammar())) {
@@ -345,8 +409,8 @@ void Api::Generate(Context& context, Kind kind) {
   ++in_background_;
   job->exchange.channel().OnGone([job] { job->gone = true; });
   executor_.in_background([this, job, is_short] {
-    if (!is_short) job->Parse(options_);
-    job->Prepare(engine_.model(), options_);
+    if (!is_short && !job->gone) job->Parse(options_);
+    if (!job->gone) job->Prepare(engine_.model(), options_);
     executor_.on_io_thread([this, job] {
       --in_background_;
       if (job->gone) {

@@ -83,6 +83,8 @@ class Api {
   void Chat(Context& context) { Generate(context, Kind::kChat); }
   void Completion(Context& context) { Generate(context, Kind::kCompletion); }
   void Embedding(Context& context) { Generate(context, Kind::kEmbedding); }
+  // Replies with what `work` makes of the body: at once, or of a large one on the helper thread.
+  void ReplyWith(Context& context, std::function<std::string(const std::string& body)> work);
   void Tokenize(Context& context);
   void Detokenize(Context& context);
   void TokenizerInfo(Context& context);

@@ -221,7 +221,7 @@ class HttpConnection final : public Connection,
     if (!parser_->is_header_done() || body_began_) return;
     body_began_ = true;
     deadline_s_ = MonotonicSeconds() + limits_.body_timeout_s;
-    if (Text(parser_->get()[http::field::expect]) == "100-continue") {
+    if (parser_->get().version() >= 11 && boost::beast::iequals(parser_->get()[http::field::expect], "100-continue")) {
       out_ += "HTTP/1.1 100 Continue\r\n\r\n";
       Write();
     }
@@ -262,6 +262,7 @@ class HttpConnection final : public Connection,
     request.authorization = Text(message[http::field::authorization]);
     request.content_type = Text(message[http::field::content_type]);
     request.origin = Text(message[http::field::origin]);
+    request.wanted_headers = Text(message[http::field::access_control_request_headers]);
     request.request_id = Text(message["X-Request-Id"]);
     request.body = std::move(message.body());
     request.held = std::move(held_);

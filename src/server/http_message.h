@@ -17,7 +17,8 @@ struct HttpRequest {
   std::string authorization;
   std::string content_type;
   std::string origin;
-  std::string request_id;  // X-Request-Id as sent
+  std::string wanted_headers;  // Access-Control-Request-Headers
+  std::string request_id;      // X-Request-Id as sent
   std::string body;
   HeldBytes::Hold held;  // the body's
 };

@@ -46,7 +46,9 @@ Json ParseObject(std::string_view body, int depth_max) {
   try {
     json = Json::parse(body);
   } catch (const Json::exception& error) {
-    throw bad(std::string("the body is not JSON: ") + error.what());
+    // Without the library's own prefix, "[json.exception.parse_error.101] ".
+    const std::string_view what = error.what();
+    throw bad("the body is not JSON: " + std::string(what.substr(what.starts_with('[') ? what.find("] ") + 2 : 0)));
   }
   if (!json.is_object()) throw bad(std::string("the body must be a JSON object, got ") + json.type_name());
   return json;

@@ -16,6 +16,11 @@ void RefuseUnsupported(const Json& body, bool chat) {
   const auto refuse = [](const char* field, const std::string& what) {
     throw ApiError{.message = std::string(field) + ": " + what, .param = field, .code = "unsupported_value"};
   };
+  // What would make another answer than the one asked for.
+  for (const char* field : {"guided_regex", "guided_choice", "guided_grammar", "prompt_logprobs"}) {
+    if (Find(body, field) != nullptr) refuse(field, "is not supported");
+  }
+  if (BoolOr(body, "use_beam_search", false)) refuse("use_beam_search", "is not supported");
   if (chat) {
     for (const char* field : {"functions", "function_call"}) {
       if (Find(body, field) != nullptr) refuse(field, "is superseded by tools and not supported");
@@ -45,6 +50,7 @@ std::string Content(const Json& value, const std::string& field) {
     const std::string at = At(field, i);
     const Json& part = Object(parts[i], at);
     if (StringOr(part, "type", at) != "text") throw BadField(at + ".type", "only parts of type text are supported");
+    if (Find(part, "text") == nullptr) throw BadField(at + ".text", "is missing");
     text += StringOr(part, "text", at);
   }
   return text;
@@ -55,6 +61,11 @@ text::ChatMessage Message(const Json& value, const std::string& field) {
   text::ChatMessage message;
   message.role = StringOr(value, "role", field);
   if (message.role.empty()) throw BadField(field + ".role", "is missing");
+  constexpr const char* kRoles[] = {"system", "developer", "user", "assistant", "tool", "function"};
+  if (std::ranges::find(kRoles, message.role) == std::end(kRoles)) {
+    throw BadField(field + ".role", "'" + message.role.substr(0, 64) + "' is none of system, developer, user, " +
+                                        "assistant, tool and function");
+  }
   if (message.role == "developer") message.role = "system";  // OpenAI's newer name
   const Json* content = Find(value, "content");
   const Json* calls = Find(value, "tool_calls");
@@ -62,6 +73,7 @@ text::ChatMessage Message(const Json& value, const std::string& field) {
   if (content != nullptr) message.content = Content(*content, field + ".content");
   message.name = StringOr(value, "name", field);
   message.tool_call_id = StringOr(value, "tool_call_id", field);
+  if (message.role == "tool" && message.tool_call_id.empty()) throw BadField(field + ".tool_call_id", "is missing");
   if (calls == nullptr) return message;
   Array(*calls, field + ".tool_calls", kListMax);
   for (size_t i = 0; i < calls->size(); ++i) {
@@ -69,6 +81,7 @@ text::ChatMessage Message(const Json& value, const std::string& field) {
     const Json* function = Find(Object((*calls)[i], at), "function");
     if (function == nullptr) throw BadField(at + ".function", "is missing");
     Object(*function, at + ".function");
+    if (StringOr(*function, "name", at + ".function").empty()) throw BadField(at + ".function.name", "is missing");
     message.tool_calls.push_back({StringOr((*calls)[i], "id", at), StringOr(*function, "name", at + ".function"),
                                   StringOr(*function, "arguments", at + ".function")});
   }
@@ -121,6 +134,8 @@ void ReadSampling(const Json& body, engine::SamplingParams& sampling) {
   sampling.ignore_eos = BoolOr(body, "ignore_eos", false);
   if (const Json* value = Find(body, "seed")) {
     if (!value->is_number_integer()) {
+      // Numbers beyond 64 bits are read as inexact ones.
+      if (value->is_number()) throw BadField("seed", value->dump() + " is not a whole number of 64 bits");
       throw ApiError{.message = std::string("seed: expected a whole number, got ") + value->type_name(),
                      .param = "seed",
                      .code = "invalid_type"};
@@ -142,7 +157,7 @@ void ReadMaxTokens(const Json& body, int least, GenerationCall& call) {
     if (call.sampling.max_tokens < least) {
       throw BadField(key, std::to_string(call.sampling.max_tokens) + " is less than " + std::to_string(least));
     }
-    call.names_max_tokens = true;
+    call.max_tokens_field = key;
   }
 }
 
@@ -330,7 +345,7 @@ GenerationCall ParseChat(const Json& body, const Limits& limits, std::string_vie
   RefuseUnsupported(body, true);
   GenerationCall call = ParseCommon(body, text);
   call.chat = true;
-  if (!call.names_max_tokens) call.sampling.max_tokens = engine::SamplingLimits().max_tokens_max;
+  if (call.max_tokens_field.empty()) call.sampling.max_tokens = engine::SamplingLimits().max_tokens_max;
   call.messages = Messages(body, limits);
   ReadTools(body, text, call);
   const bool logprobs = BoolOr(body, "logprobs", false);
@@ -352,7 +367,7 @@ GenerationCall ParseCompletion(const Json& body, const Limits& limits, std::stri
   // A prompt that comes back with its logprobs may be all that is asked for.
   const bool echo = BoolOr(body, "echo", false);
   GenerationCall call = ParseCommon(body, text, echo ? 0 : 1);
-  if (!call.names_max_tokens) call.sampling.max_tokens = kCompletionTokens;
+  if (call.max_tokens_field.empty()) call.sampling.max_tokens = kCompletionTokens;
   const Json* prompt = Find(body, "prompt");
   if (prompt == nullptr) throw BadField("prompt", "is missing");
   call.prompts = Prompts(*prompt, "prompt", limits);
@@ -375,6 +390,7 @@ GenerationCall ParseEmbedding(const Json& body, const Limits& limits) {
   call.embed = true;
   call.model = StringOr(body, "model", "");
   call.sampling.max_tokens = 0;
+  if (const Json* fusion = Find(body, "kv_fusion")) call.kv_fusion = FusionSwitch(*fusion);
   const Json* input = Find(body, "input");
   if (input == nullptr) throw BadField("input", "is missing");
   call.prompts = Prompts(*input, "input", limits);

@@ -31,7 +31,8 @@ struct GenerationCall {
   bool enable_thinking = true;        // "chat_template_kwargs": {"enable_thinking": ..}
   std::vector<TextOrTokens> prompts;  // completions; one or more
   engine::SamplingParams sampling;
-  bool names_max_tokens = false;  // else sampling.max_tokens is a default, cut to what the context leaves
+  std::string
+      max_tokens_field;  // as the client named it; empty: sampling.max_tokens is a default, cut to what is allowed
   bool stream = false;
   bool include_usage = false;
   bool usage_in_chunks = false;  // vLLM's continuous_usage_stats

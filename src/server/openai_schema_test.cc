@@ -54,7 +54,7 @@ TEST(OpenAiSchema, ReadsEverySamplingField) {
   EXPECT_EQ(sampling.min_tokens, 2);
   EXPECT_TRUE(sampling.ignore_eos);
   EXPECT_EQ(sampling.logprobs, 4);
-  EXPECT_TRUE(call.names_max_tokens);
+  EXPECT_FALSE(call.max_tokens_field.empty());
   EXPECT_TRUE(call.stream);
   EXPECT_TRUE(call.include_usage);
   EXPECT_FALSE(call.kv_fusion);
@@ -70,7 +70,7 @@ TEST(OpenAiSchema, NullCountsAsAbsent) {
   const GenerationCall call = ParseCompletion(body, Limits());
   EXPECT_EQ(call.sampling.max_tokens, 16);
   EXPECT_EQ(call.sampling.logprobs, -1);
-  EXPECT_FALSE(call.names_max_tokens);
+  EXPECT_TRUE(call.max_tokens_field.empty());
   EXPECT_TRUE(call.kv_fusion);
 }
 

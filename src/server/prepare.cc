@@ -34,16 +34,17 @@ void CheckContext(const std::vector<TokenId>& prompt, GenerationCall& call, cons
   }
   int& most = call.sampling.max_tokens;
   if (most <= room) return;
-  if (call.names_max_tokens) {
-    throw ContextExceeded("max_tokens", std::to_string(most) + " and a prompt of " + TokensText(prompt.size()) +
-                                            " exceed a context of " +
-                                            TokensText(static_cast<size_t>(model.context_max)));
+  if (!call.max_tokens_field.empty()) {
+    throw ContextExceeded(call.max_tokens_field, std::to_string(most) + " and a prompt of " +
+                                                     TokensText(prompt.size()) + " exceed a context of " +
+                                                     TokensText(static_cast<size_t>(model.context_max)));
   }
   most = room;
 }
 
-// An answer that is collected before it is sent must have a bound.
-void CheckAnswerSize(const GenerationCall& call, size_t prompts, size_t prompt_tokens, int embedding_size,
+// An answer that is collected before it is sent must have a bound: one that the client set, or as many tokens as may be
+// sent.
+void CheckAnswerSize(GenerationCall& call, size_t prompts, size_t prompt_tokens, int embedding_size,
                      const Limits& limits) {
   if (call.stream && !call.echo) return;
   if (call.embed) {
@@ -52,15 +53,21 @@ void CheckAnswerSize(const GenerationCall& call, size_t prompts, size_t prompt_t
     throw BadField("input", "an answer of up to " + std::to_string(bytes) + " bytes is above the limit of " +
                                 std::to_string(limits.response_bytes_max));
   }
-  const engine::SamplingParams& sampling = call.sampling;
+  engine::SamplingParams& sampling = call.sampling;
   const uint64_t token_bytes =
       kTokenBytes + (sampling.logprobs < 0 ? 0 : kLogprobBytes * static_cast<uint64_t>(sampling.logprobs + 1));
-  const uint64_t bytes = prompts * static_cast<uint64_t>(sampling.n) *
-                         (static_cast<uint64_t>(sampling.max_tokens) + (call.echo ? prompt_tokens : 0)) * token_bytes;
+  const uint64_t echoed = call.echo ? prompt_tokens : 0;
+  const uint64_t all = prompts * static_cast<uint64_t>(sampling.n) * token_bytes;  // for one token of each answer
+  const uint64_t bytes = (static_cast<uint64_t>(sampling.max_tokens) + echoed) * all;
   if (bytes <= limits.response_bytes_max) return;
-  throw BadField("max_tokens", "an answer of up to " + std::to_string(bytes) + " bytes is above the limit of " +
-                                   std::to_string(limits.response_bytes_max) +
-                                   ": ask for fewer tokens, choices or logprobs, or for a stream");
+  if (call.max_tokens_field.empty() && limits.response_bytes_max / all > echoed) {
+    sampling.max_tokens = static_cast<int>(limits.response_bytes_max / all - echoed);
+    return;
+  }
+  throw BadField(call.max_tokens_field.empty() ? "max_tokens" : call.max_tokens_field,
+                 "an answer of up to " + std::to_string(bytes) + " bytes is above the limit of " +
+                     std::to_string(limits.response_bytes_max) +
+                     ": ask for fewer tokens, choices or logprobs, or for a stream");
 }
 
 // What the room text says of a chat, by the API's name.

@@ -49,13 +49,13 @@ class Server {
 
   Status Run() {
     for (const Tenant& tenant : tenants_.tenants()) metrics_.NameTenant(tenant.domain, tenant.name);
+    http_.OnSignal([this](int signal) { OnSignal(signal); });
     RETURN_IF_ERROR(http_.Listen());
     log_.Info("listening on " + http_.address() + ", loading the model");
     if (http_.connections_max() < options_.limits.connections_max) {
       log_.Info("the limit of open files allows " + std::to_string(http_.connections_max()) +
                 " connections, fewer than --max-connections " + std::to_string(options_.limits.connections_max));
     }
-    http_.OnSignal([this](int signal) { OnSignal(signal); });
     http_.OnTick([this](double now_s) { OnTick(now_s); });
     engine_.Start();
     http_.Run();

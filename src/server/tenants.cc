@@ -107,8 +107,11 @@ Tenants::Digest Tenants::DigestOf(std::string_view text) {
 
 std::optional<Caller> Tenants::Authenticate(std::string_view authorization) {
   if (open_to_all()) return Caller{&tenants_.front(), true};
-  constexpr std::string_view kBearer = "Bearer ";
-  if (!authorization.starts_with(kBearer)) return std::nullopt;
+  constexpr std::string_view kBearer = "bearer ";  // in any case
+  if (authorization.size() < kBearer.size()) return std::nullopt;
+  for (size_t i = 0; i < kBearer.size(); ++i) {
+    if (std::tolower(static_cast<unsigned char>(authorization[i])) != kBearer[i]) return std::nullopt;
+  }
   const Digest digest = DigestOf(authorization.substr(kBearer.size()));
   const Key* match = nullptr;
   for (const Key& key : keys_) {

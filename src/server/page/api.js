@@ -55,7 +55,7 @@ async function* events(body) {
 
 // Streams one chat answer: onText for each piece. Returns {finish, usage}; throws ApiError, TypeError (no connection), or
 // AbortError.
-export async function streamChat(request, key, signal, onText) {
+export async function streamChat(request, key, signal, onText, onThought) {
   const response = await fetch('/v1/chat/completions', {
     method: 'POST',
     headers: { ...headers(key), 'Content-Type': 'application/json' },
@@ -70,6 +70,7 @@ export async function streamChat(request, key, signal, onText) {
     if (chunk.error) throw new ApiError(0, String(chunk.error.message ?? chunk.error));
     if (chunk.usage) result.usage = chunk.usage;
     const choice = chunk.choices?.[0];
+    if (choice?.delta?.reasoning_content) onThought(choice.delta.reasoning_content);
     if (choice?.delta?.content) onText(choice.delta.content);
     if (choice?.finish_reason) result.finish = choice.finish_reason;
   }

@@ -26,8 +26,13 @@ class Picture {
     this.canvas.setAttribute('role', 'img');
     this.canvas.addEventListener('pointermove', (event) => this.point(event));
     this.canvas.addEventListener('pointerdown', (event) => this.point(event));
-    this.canvas.addEventListener('pointerleave', () => this.leave());
-    this.canvas.addEventListener('focus', () => this.moveTo(0, 0));
+    // A finger that is lifted leaves what it pointed at, and so does a mouse what the keyboard did.
+    this.canvas.addEventListener('pointerleave', ({ pointerType }) => {
+      if (pointerType !== 'touch' && document.activeElement !== this.canvas) this.leave();
+    });
+    this.canvas.addEventListener('focus', () => {
+      if (!this.cursor) this.moveTo(0, 0);
+    });
     this.canvas.addEventListener('blur', () => this.leave());
     this.canvas.addEventListener('keydown', (event) => this.step(event));
     this.section.append(title, this.canvas);
@@ -48,7 +53,8 @@ class Picture {
     this.facts.textContent = `${request.phase} · ${request.tokens} tokens · ${request.blocks} blocks` +
       ` · ${share('f')} fused, ${share('p')} shared` + (request.kv_fusion ? '' : ' · exact');
     this.canvas.setAttribute('aria-label', `${this.name}: ${this.facts.textContent}. Arrow keys move over the blocks.`);
-    this.draw();
+    if (this.cursor) this.moveTo(this.cursor.row, this.cursor.column);
+    else this.draw();
   }
 
   end() {

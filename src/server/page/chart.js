@@ -48,17 +48,19 @@ export class Chart {
     const width = this.root.clientWidth || WIDTH;
     this.root.setAttribute('viewBox', `0 0 ${width} ${HEIGHT}`);
     const numbers = this.points.flatMap(({ values }) => Object.values(values)).filter((value) => value !== null);
-    const span = roundUp(Math.max(...numbers, this.floor + 0.001) - this.floor, this.base);
+    // Values below the usual floor have it lowered to a tenth below them.
+    const floor = Math.min(this.floor, Math.floor(10 * Math.min(...numbers, this.floor)) / 10);
+    const span = roundUp(Math.max(...numbers, this.floor + 0.001) - floor, this.base);
     const end = this.points.at(-1)?.time ?? 0;
     const x = (time) => LEFT + (width - LEFT) * (1 - (end - time) / SECONDS);
-    const y = (value) => HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - this.floor) / span;
+    const y = (value) => HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - floor) / span;
     const nodes = [0, 1].map((share) => {
-      const at = y(this.floor + share * span);
+      const at = y(floor + share * span);
       return svg('line', { class: 'grid', x1: LEFT, x2: width, y1: at, y2: at });
     });
-    if (Math.max(...numbers) > this.floor) {
+    if (Math.max(...numbers) > floor) {
       const label = svg('text', { x: LEFT, y: TOP - 4 });
-      label.textContent = this.format(this.floor + span);
+      label.textContent = this.format(floor + span);
       nodes.push(label);
     }
     for (const name of Object.keys(this.points[0]?.values ?? {})) nodes.push(...this.lines(name, x, y));

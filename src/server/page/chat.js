@@ -94,18 +94,32 @@ export class Chat {
         times.first ||= performance.now();
         text += piece;
         this.grow(out, piece);
+      }, (piece) => {
+        times.first ||= performance.now();
+        this.think(message, out, piece);
       });
       note = this.facts(result, times);
     } catch (error) {
       if (abort.signal.aborted) note = 'Stopped.';
       else this.complain(error, text === '');
-      if (text === '') message.remove();
+      if (text === '' && !message.querySelector('.thoughts')) message.remove();
     }
     message.removeAttribute('aria-busy');
     if (note && message.isConnected) message.append(element('div', 'facts', note));
     if (text && message.isConnected) this.messages.push({ role: 'assistant', content: text });
     this.abort = null;
     this.showBusy(false);
+  }
+
+  // What a model thinks stands before its answer, folded.
+  think(message, out, piece) {
+    let thoughts = message.querySelector('.thoughts');
+    if (!thoughts) {
+      thoughts = element('details', 'thoughts');
+      thoughts.append(element('summary', '', 'Thoughts'), element('div', ''));
+      message.insertBefore(thoughts, out);
+    }
+    this.grow(thoughts.lastChild, piece);
   }
 
   grow(out, piece) {

@@ -12,7 +12,7 @@ import threading
 import time
 import unittest
 
-from support import KV, PROGRAM, SLOW, Server, answers, events, request, scratch
+from support import KV, PROGRAM, SLOW, Server, answers, events, model_path, request, scratch
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 CANCELS = int(os.environ.get("JOINTKV_TEST_CANCELS", "300"))
@@ -452,11 +452,22 @@ class Sockets(unittest.TestCase):
                 _, headers, _ = server.call(method, COMPLETION, body, [("Origin", origin)])
                 self.assertEqual(headers.get("access-control-allow-origin"), origin if allowed else None)
                 self.assertEqual(headers["vary"], "Origin")
+        wanted = "authorization,x-stainless-os"
+        _, headers, _ = server.call("OPTIONS", COMPLETION, None, [("Origin", "https://a.example"),
+                                                                  ("Access-Control-Request-Method", "POST"),
+                                                                  ("Access-Control-Request-Headers", wanted)])
+        self.assertEqual(headers["access-control-allow-headers"], wanted)
+        server = Server(env={"JOINTKV_SERVE_CORS_ORIGIN": "https://a.example https://b.example"})
+        self.addCleanup(stop, server)
+        _, headers, _ = server.call("GET", "/health", None, [("Origin", "https://b.example")])
+        self.assertEqual(headers["access-control-allow-origin"], "https://b.example")
 
     def test_options_from_file_and_environment(self):
         with scratch() as path:
             (path / "serve.conf").write_text('served-model-name = "from-file"\nmax-body-bytes = "2K"\nlog-format = "json"\n')
-            server = Server("--config", path / "serve.conf", env={"JOINTKV_SERVE_MAX_PROMPTS": "2"})
+            with open(path / "serve.conf", "a") as conf:
+                conf.write('model = "/no/such/file.gguf"\n')
+            server = Server("--config", path / "serve.conf", "-m", model_path(), env={"JOINTKV_SERVE_MAX_PROMPTS": "2"})
             self.addCleanup(stop, server)
             model, = json.loads(server.call("GET", "/v1/models")[2])["data"]
             self.assertEqual(model["id"], "from-file")

@@ -25,6 +25,8 @@ class OpenAi(ClientCase):
         model, = self.client.models.list().data
         self.assertEqual(model.id, "test-model")
         self.assertEqual(self.client.models.retrieve("test-model").object, "model")
+        escaped = json.loads(self.server.call("GET", "/v1/models/test%2dmodel")[2])
+        self.assertEqual((escaped["id"], escaped["root"]), ("test-model", "test-model"))
         with self.assertRaises(openai.NotFoundError):
             self.client.models.retrieve("another")
 
@@ -218,7 +220,8 @@ class OpenAi(ClientCase):
             return dot / (sum(p * p for p in x) * sum(q * q for q in y)) ** 0.5
         self.assertGreater(cosine(a, b), cosine(a, c))
         self.assertGreater(answer.usage.prompt_tokens, 15)
-        for fields, param in (({"input": []}, "input"), ({"input": "a", "dimensions": 5}, "dimensions")):
+        for fields, param in (({"input": []}, "input"), ({"input": "a", "dimensions": 5}, "dimensions"),
+                              ({"input": "a", "extra_body": {"kv_fusion": 5}}, "kv_fusion")):
             with self.assertRaises(openai.BadRequestError) as caught:
                 self.client.embeddings.create(model="test-model", **fields)
             self.assertEqual(caught.exception.param, param)
