@@ -68,28 +68,22 @@ double ReadBandwidthGbS(int threads) {
 namespace jointkv::cli {
 namespace {
 
-float DotChains() {
+// Multiply-adds of ones, of f32 or of pairs of bf16.
+template <bool kBf16>
+float Chains512() {
   __m512 sums[kChains];
   for (__m512& sum : sums) sum = _mm512_setzero_ps();
-  __m512i bits = _mm512_set1_epi32(0x3f803f80);  // ones
-  for (int step = 0; step < kChainSteps; ++step) {
-    __asm__ volatile("" : "+v"(bits));
-#pragma GCC unroll 12
-    for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, (__m512bh)bits, (__m512bh)bits);
-  }
-  __m512 total = _mm512_setzero_ps();
-  for (const __m512& sum : sums) total = _mm512_add_ps(total, sum);
-  return _mm512_reduce_add_ps(total);
-}
-
-float MultiplyAddChains512() {
-  __m512 sums[kChains];
-  for (__m512& sum : sums) sum = _mm512_setzero_ps();
-  __m512 ones = _mm512_set1_ps(1);
+  __m512i ones = _mm512_set1_epi32(kBf16 ? 0x3f803f80 : 0x3f800000);
   for (int step = 0; step < kChainSteps; ++step) {
     __asm__ volatile("" : "+v"(ones));
 #pragma GCC unroll 12
-    for (__m512& sum : sums) sum = _mm512_fmadd_ps(ones, ones, sum);
+    for (__m512& sum : sums) {
+      if constexpr (kBf16) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)ones, (__m512bh)ones);
+      } else {
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(ones), _mm512_castsi512_ps(ones), sum);
+      }
+    }
   }
   __m512 total = _mm512_setzero_ps();
   for (const __m512& sum : sums) total = _mm512_add_ps(total, sum);
@@ -106,7 +100,7 @@ float MultiplyAddChains512() {
 namespace jointkv::cli {
 namespace {
 
-float MultiplyAddChains256() {
+float Chains256() {
   __m256 sums[kChains];
   for (__m256& sum : sums) sum = _mm256_setzero_ps();
   __m256 ones = _mm256_set1_ps(1);
@@ -141,12 +135,12 @@ double PeakGflopS(int threads, float (*chains)(), double flops) {
 }  // namespace
 
 double Bf16PeakGflopS(int threads) {
-  return HasAvx512Bf16() ? PeakGflopS(threads, DotChains, 64) : 0;  // 16 lanes of two multiply-adds
+  return HasAvx512Bf16() ? PeakGflopS(threads, Chains512<true>, 64) : 0;  // 16 lanes of two multiply-adds
 }
 
 double F32PeakGflopS(int threads) {
-  if (HasAvx512Bf16()) return PeakGflopS(threads, MultiplyAddChains512, 32);
-  return HasAvx2() ? PeakGflopS(threads, MultiplyAddChains256, 16) : 0;
+  if (HasAvx512Bf16()) return PeakGflopS(threads, Chains512<false>, 32);
+  return HasAvx2() ? PeakGflopS(threads, Chains256, 16) : 0;
 }
 
 }  // namespace jointkv::cli

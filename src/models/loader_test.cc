@@ -158,6 +158,13 @@ const Refusal kRefusals[] = {
      StatusCode::kUnsupported,
      {"architecture 'mamba'", "llama, qwen2, qwen3 and gemma3"}},
     {"GemmaTwo", "gemma2", [](GgufWriter&, std::vector<Shape>&) {}, StatusCode::kUnsupported, {"'gemma2'"}},
+    {"ScaledMatrix",
+     "llama",
+     [](GgufWriter&, std::vector<Shape>& shapes) {
+       shapes.push_back({"blk.0.attn_k.scale", {1}});
+     },
+     StatusCode::kUnsupported,
+     {"tensor 'blk.0.attn_k.scale'"}},
     {"Experts",
      "llama",
      [](GgufWriter& w, std::vector<Shape>&) { w.AddU32("llama.expert_count", 8); },

@@ -60,6 +60,17 @@ std::string PercentDecoded(std::string_view text) {
   return out;
 }
 
+// What `work` throws, as the API says it.
+template <typename Work>
+std::optional<ApiError> ErrorOf(const Work& work) try {
+  work();
+  return std::nullopt;
+} catch (const ApiError& bad) {
+  return bad;
+} catch (const std::exception& bad) {
+  return ApiError{.status = 500, .message = bad.what(), .type = "server_error"};
+}
+
 }  // namespace
 
 // A call between its arrival and its admission.
@@ -69,14 +80,13 @@ struct Api::Job {
   Kind kind = Kind::kChat;
   std::string body;
   HeldBytes::Hold held;
-  std::atomic<bool> gone = false;  // the client is: nothing more need be done
   // What reading it gave:
   GenerationCall call;
   Prepared prepared;
   std::optional<ApiError> error;
 
   void Parse(const ApiOptions& options) {
-    Try([&] {
+    error = ErrorOf([&] {
       const Json json = ParseObject(body, options.limits.json_depth_max);
       switch (kind) {
         case Kind::kChat: call = ParseChat(json, options.limits, body); break;
@@ -87,16 +97,8 @@ struct Api::Job {
     });
   }
   void Prepare(const ModelInfo& model, const ApiOptions& options) {
-    if (!error) Try([&] { prepared = server::Prepare(call, model, options.limits, std::move(held)); });
+    if (!error) error = ErrorOf([&] { prepared = server::Prepare(call, model, options.limits, std::move(held)); });
     body = {};
-  }
-  template <typename Work>
-  void Try(const Work& work) try {
-    work();
-  } catch (const ApiError& bad) {
-    error = bad;
-  } catch (const std::exception& bad) {
-    error = ApiError{.status = 500, .message = bad.what(), .type = "server_error"};
   }
 };
 
@@ -297,29 +299,43 @@ void Api::ReplyWith(Context& context, std::function<std::string(const std::strin
     Exchange exchange;
     HttpRequest request;  // with what it counts as held
     std::function<std::string(const std::string&)> work;
-    std::atomic<bool> gone = false;
     std::string answer = {};
     std::optional<ApiError> error = {};
   };
-  const auto large = std::shared_ptr<Large>(new Large{context.exchange, std::move(context.request), std::move(work)});
+  const auto large = std::make_shared<Large>(Large{context.exchange, std::move(context.request), std::move(work)});
+  RunBeside(
+      large->exchange,
+      [large](const std::atomic<bool>&) {
+        large->error = ErrorOf([&] { large->answer = large->work(large->request.body); });
+      },
+      [large] {
+        if (large->error) {
+          large->exchange.ReplyError(*large->error);
+        } else {
+          large->exchange.Reply(large->answer);
+        }
+      });
+}
+
+void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atomic<bool>& gone)> work,
+                    std::function<void()> then) {
+  struct Beside {
+    Exchange exchange;
+    std::function<void(const std::atomic<bool>&)> work;
+    std::function<void()> then;
+    std::atomic<bool> gone = false;
+  };
+  const auto beside = std::shared_ptr<Beside>(new Beside{exchange, std::move(work), std::move(then)});
   ++in_background_;
-  large->exchange.channel().OnGone([large] { large->gone = true; });
-  executor_.in_background([this, large] {
-    try {
-      if (!large->gone) large->answer = large->work(large->request.body);
-    } catch (const ApiError& bad) {
-      large->error = bad;
-    } catch (const std::exception& bad) {
-      large->error = ApiError{.status = 500, .message = bad.what(), .type = "server_error"};
-    }
-    executor_.on_io_thread([this, large] {
+  beside->exchange.channel().OnGone([beside] { beside->gone = true; });
+  executor_.in_background([this, beside] {
+    if (!beside->gone) beside->work(beside->gone);
+    executor_.on_io_thread([this, beside] {
       --in_background_;
-      if (large->gone) {
-        large->exchange.Gone();
-      } else if (large->error) {
-        large->exchange.ReplyError(*large->error);
+      if (beside->gone) {
+        beside->exchange.Gone();
       } else {
-        large->exchange.Reply(large->answer);
+        beside->then();
       }
     });
   });
@@ -390,15 +406,14 @@ void Api::TokenizerInfo(Context& context) {
 void Api::Generate(Context& context, Kind kind) {
   CheckJsonType(context.request);
   CheckReady();
-  const auto job = std::shared_ptr<Job>(new Job{context.exchange,
-                                                context.caller.tenant,
-                                                kind,
-                                                std::move(context.request.body),
-                                                std::move(context.request.held),
-                                                {},
-                                                {},
-                                                {},
-                                                {}});
+  const auto job = std::make_shared<Job>(Job{context.exchange,
+                                             context.caller.tenant,
+                                             kind,
+                                             std::move(context.request.body),
+                                             std::move(context.request.held),
+                                             {},
+                                             {},
+                                             {}});
   const bool is_short = job->body.size() <= kInlineBodyBytes;
   if (is_short) job->Parse(options_);
   if (is_short && (job->error || !job->call.has_grammar())) {
@@ -406,20 +421,13 @@ void Api::Generate(Context& context, Kind kind) {
     Admit(*job);
     return;
   }
-  ++in_background_;
-  job->exchange.channel().OnGone([job] { job->gone = true; });
-  executor_.in_background([this, job, is_short] {
-    if (!is_short && !job->gone) job->Parse(options_);
-    if (!job->gone) job->Prepare(engine_.model(), options_);
-    executor_.on_io_thread([this, job] {
-      --in_background_;
-      if (job->gone) {
-        job->exchange.Gone();
-      } else {
-        Admit(*job);
-      }
-    });
-  });
+  RunBeside(
+      job->exchange,
+      [this, job, is_short](const std::atomic<bool>& gone) {
+        if (!is_short) job->Parse(options_);
+        if (!gone) job->Prepare(engine_.model(), options_);
+      },
+      [this, job] { Admit(*job); });
 }
 
 void Api::Admit(Job& job) {

@@ -4,6 +4,7 @@
 // given must outlive it. Fails how: every request gets one answer, errors in OpenAI's shape.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <random>
@@ -83,6 +84,9 @@ class Api {
   void Chat(Context& context) { Generate(context, Kind::kChat); }
   void Completion(Context& context) { Generate(context, Kind::kCompletion); }
   void Embedding(Context& context) { Generate(context, Kind::kEmbedding); }
+  // `work` on the helper thread, unless the client has gone by then, and `then` on the I/O thread, if it still waits.
+  void RunBeside(const Exchange& exchange, std::function<void(const std::atomic<bool>& gone)> work,
+                 std::function<void()> then);
   // Replies with what `work` makes of the body: at once, or of a large one on the helper thread.
   void ReplyWith(Context& context, std::function<std::string(const std::string& body)> work);
   void Tokenize(Context& context);

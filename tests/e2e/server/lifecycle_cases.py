@@ -35,11 +35,13 @@ class Leaving(unittest.TestCase):
         draw = random.Random(seed)
         for _ in range(count):
             with self.server.connect() as client:
-                phase = draw.randrange(6)
+                phase = draw.randrange(7)
                 if phase == 0:
                     continue
                 body = {**LONG, "prompt": "word " * draw.choice((1, 50, 600)), "stream": draw.random() < 0.6,
                         "n": draw.choice((1, 1, 3)), "max_tokens": draw.choice((3, 300))}
+                if phase == 3:
+                    body["max_tokens"] = 3
                 data = request("POST", draw.choice((COMPLETION, CHAT)) if phase == 5 else COMPLETION, body)
                 if phase == 1:
                     client.sendall(data[:draw.randrange(1, len(data))])
@@ -47,8 +49,10 @@ class Leaving(unittest.TestCase):
                 client.sendall(data)
                 if phase == 2:
                     time.sleep(draw.random() * 0.1)
-                elif phase == 3:  # reads, or gives up
-                    client.settimeout(draw.choice((0.5, 5)))
+                elif phase == 3:
+                    client.recv(draw.choice((1, 5000)))
+                elif phase == 6:  # gives up
+                    client.settimeout(draw.choice((0.1, 2)))
                     with contextlib.suppress(TimeoutError):
                         client.recv(draw.choice((1, 5000)))
                 elif phase == 4:

@@ -207,6 +207,15 @@ class OpenAi(ClientCase):
         self.assertEqual(told["eos_token"], "<|im_end|>")
         self.assertGreater(told["vocab_size"], 1000)
 
+    def test_long_texts_are_tokenised(self):
+        text = "The harbour lies still. " * 2000  # more than is read on the I/O thread
+        status, _, body = self.server.post("/tokenize", {"prompt": text, "add_special_tokens": False})
+        tokens = json.loads(body)["tokens"]
+        self.assertEqual((status, json.loads(body)["count"]), (200, len(tokens)))
+        self.assertEqual(json.loads(self.server.post("/detokenize", {"tokens": tokens})[2])["prompt"], text)
+        status, _, body = self.server.post("/tokenize", {"prompt": 5, "padding": text})
+        self.assertEqual((status, json.loads(body)["error"]["param"]), (400, "prompt"))
+
     def test_embeddings(self):
         texts = ["A cat sat on the mat.", "A cat sat on a mat.", "Interest rates rose again."]
         answer = self.client.embeddings.create(model="test-model", input=texts)  # asks for base64

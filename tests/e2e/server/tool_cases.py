@@ -50,7 +50,10 @@ class Tools(ClientCase):
     def test_a_required_call_follows_its_schema(self):
         for seed in range(4):
             with self.subTest(seed=seed):
-                choice, = self.chat(tool_choice="required", seed=seed).choices
+                parallel = seed % 2 == 0
+                choice, = self.chat(tool_choice="required", seed=seed, parallel_tool_calls=parallel).choices
+                if not parallel:
+                    self.assertEqual(choice.finish_reason, "tool_calls")
                 self.assertFalse(choice.message.content)
                 for call in self.complete_calls(choice):
                     self.assertTrue(call.id)
@@ -59,9 +62,11 @@ class Tools(ClientCase):
     def test_a_named_function(self):
         for name in ("weather", "time"):
             with self.subTest(name=name):
-                choice, = self.chat(tool_choice={"type": "function", "function": {"name": name}}).choices
-                for call in self.complete_calls(choice):
-                    self.check(call, name)
+                choice, = self.chat(parallel_tool_calls=False,
+                                    tool_choice={"type": "function", "function": {"name": name}}).choices
+                self.assertEqual(choice.finish_reason, "tool_calls")
+                call, = choice.message.tool_calls
+                self.check(call, name)
 
     def test_one_call_when_not_parallel(self):
         for seed in range(4):
