@@ -77,7 +77,8 @@ void RunWorld(uint64_t seed, Met& met) {
     }
     for (const SequenceId id : sequences) {
       if ((!pieces.empty() && pieces[0].sequence == id) || random() % 4 == 0) continue;
-      const int n = random() % 2 == 0 ? 1 : 1 + static_cast<int>(random() % (random() % 4 == 0 ? 300 : 20));
+      const int longest = random() % 4 == 0 ? 300 : 20;
+      const int n = random() % 2 == 0 ? 1 : 1 + static_cast<int>(random() % longest);
       pieces.push_back({id, RandomTokens(n, random(), line)});
     }
     for (const World::Piece& piece : pieces) budget -= static_cast<int>(piece.tokens.size());

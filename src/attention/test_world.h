@@ -23,6 +23,7 @@
 #include "codec/block_io.h"
 #include "dense/test_matrices.h"
 #include "dense/test_rope.h"
+#include "kv/arena.h"
 #include "kv/test_content.h"
 
 namespace jointkv::attention {
@@ -67,9 +68,12 @@ class World {
     rope_.Ensure(shape.tokens_max + 1);
     kv::KvShape kv{{shape.n_kv_heads, shape.head_dim, shape.codec}, shape.window};
     if (shape.sealed.has_value()) kv.sealed.assign(kv.n_tables(), *shape.sealed);
-    // Each token may stand alone in a block of the smallest class.
-    const size_t bytes =
-        kv.layout.granule_bytes() * kv.n_tables() * (static_cast<size_t>(shape.tokens_max) / 2 + 64) + (8u << 20);
+    // Each token may stand alone in a block of the smallest class, and the last slab of each class and codec hold one
+    // block.
+    const size_t codecs = 1 + (shape.sealed.has_value() ? 1 : 0) + (shape.residuals ? kv::kResidualCodecs.size() : 0);
+    const size_t slabs = codecs * codec::kClasses + 1;
+    const size_t granules = kv.n_tables() * static_cast<size_t>(shape.tokens_max) + slabs * kv::kSlabGranules;
+    const size_t bytes = kv.layout.granule_bytes() * granules;
     auto cache = kv::KvCache::Create(kv, kv::BlockCutter({1}),
                                      {.cap_bytes = bytes,
                                       .prefix_cache = true,
