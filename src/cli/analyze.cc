@@ -9,6 +9,7 @@
 #include "cli/analyze_run.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
+#include "cli/output_files.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
 #include "cli/workloads.h"
@@ -48,7 +49,9 @@ Expected<Analysis> Analyse(const AnalyzeFlags& flags, const WorkloadMaker& maker
 
 int RunAnalyze(const AnalyzeFlags& flags) {
   const Expected<WorkloadMaker> maker = WorkloadMaker::Create(flags.workload);
-  Status status = maker.status();
+  Status status = CheckOutputs({{"--docs", flags.workload.docs_path}, {"--model", flags.engine.model_path}},
+                               {{"--json", flags.json_path}, {"--plot", flags.plot_path}});
+  if (status.ok()) status = maker.status();
   if (status.ok()) status = CheckModelFile(flags.engine.model_path);
   if (!status.ok()) {
     Complain(status.message());

@@ -15,6 +15,7 @@
 #include "cli/commands.h"
 #include "cli/engine_options.h"
 #include "cli/machine_peaks.h"
+#include "cli/output_files.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
 
@@ -111,6 +112,11 @@ Status RunCases(EngineBench& bench, const BenchOptions& options, const std::func
 }
 
 int RunBench(const BenchFlags& flags) {
+  const Status outputs = CheckOutputs({{"--model", flags.engine.model_path}}, {{"--json", flags.json_path}});
+  if (!outputs.ok()) {
+    Complain(outputs.message());
+    return kExitUsage;
+  }
   engine::EngineOptions options = flags.engine;
   options.prefix_cache = false;
   options.max_running = std::max(options.max_running, *std::ranges::max_element(flags.bench.batches));
@@ -172,6 +178,10 @@ void AddBench(CLI::App& app, Command& run) {
   command->add_option("--json", flags->json_path, "write the results as JSON; - for standard output")
       ->type_name("FILE");
   AddEngineFlags(*command, flags->engine);
+  // No prompt comes twice, and as many sequences run as --batches says.
+  for (const char* without_effect : {"--no-prefix-cache", "--max-running"}) {
+    command->remove_option(command->get_option(without_effect));
+  }
   command->callback([&run, flags] { run = [flags] { return RunBench(*flags); }; });
   AddBenchCapacity(*bench, run);
   AddBenchServe(*bench, run);

@@ -11,6 +11,7 @@
 #include "base/bytes.h"
 #include "cli/batch.h"
 #include "cli/engine_options.h"
+#include "cli/output_files.h"
 #include "cli/rag_runs.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
@@ -120,7 +121,9 @@ Expected<CapacityResult> RunOne(const CapacityFlags& flags, const WorkloadMaker&
 }
 
 int RunCapacity(const CapacityFlags& flags) {
-  const Expected<WorkloadMaker> maker = WorkloadMaker::Create(flags.rag.workload);
+  const Status outputs = CheckOutputs(InputsOf(flags.rag), {{"--json", flags.json_path}});
+  const Expected<WorkloadMaker> maker =
+      outputs.ok() ? WorkloadMaker::Create(flags.rag.workload) : Expected<WorkloadMaker>(outputs);
   if (!maker.ok()) {
     Complain(maker.status().message());
     return kExitUsage;

@@ -11,20 +11,21 @@ constexpr size_t kBytesMax = size_t{1} << 20;
 
 }  // namespace
 
-void AddChatTemplateFlag(CLI::App& app, std::string& source) {
+void AddChatTemplateFlag(CLI::App& app, std::string& source, std::string* path) {
   const char* flag = "--chat-template";
-  const auto read = [&source, flag](const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
+  const auto read = [&source, path, flag](const std::string& given) {
+    std::ifstream file(given, std::ios::binary);
     std::string text(kBytesMax + 1, '\0');
     if (!file || !(file.read(text.data(), static_cast<std::streamsize>(text.size())) || file.eof())) {
-      throw CLI::ValidationError(flag, "'" + path + "' cannot be read: " + std::strerror(errno));
+      throw CLI::ValidationError(flag, "'" + given + "' cannot be read: " + std::strerror(errno));
     }
     text.resize(static_cast<size_t>(file.gcount()));
-    if (text.empty()) throw CLI::ValidationError(flag, "'" + path + "' is empty");
+    if (text.empty()) throw CLI::ValidationError(flag, "'" + given + "' is empty");
     if (text.size() > kBytesMax) {
-      throw CLI::ValidationError(flag, "'" + path + "' is longer than " + std::to_string(kBytesMax) + " bytes");
+      throw CLI::ValidationError(flag, "'" + given + "' is longer than " + std::to_string(kBytesMax) + " bytes");
     }
     source = std::move(text);
+    if (path != nullptr) *path = given;
   };
   app.add_option_function<std::string>(flag, read, "Jinja chat template to use instead of the model file's own")
       ->type_name("FILE")

@@ -7,7 +7,7 @@
 
 namespace jointkv::cli {
 
-// `source` becomes the file's text.
-void AddChatTemplateFlag(CLI::App& app, std::string& source);
+// `source` becomes the file's text, and `path` where it lies.
+void AddChatTemplateFlag(CLI::App& app, std::string& source, std::string* path = nullptr);
 
 }  // namespace jointkv::cli

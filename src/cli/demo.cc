@@ -13,6 +13,7 @@
 #include "cli/commands.h"
 #include "cli/demo_report.h"
 #include "cli/engine_options.h"
+#include "cli/output_files.h"
 #include "cli/rag_runs.h"
 #include "cli/terminal.h"
 
@@ -140,7 +141,9 @@ int Demo::Run() {
 }
 
 int RunDemo(const DemoFlags& flags) {
-  const Expected<WorkloadMaker> maker = WorkloadMaker::Create(flags.rag.workload);
+  const Status outputs = CheckOutputs(InputsOf(flags.rag), {{"--summary", flags.summary_path}});
+  const Expected<WorkloadMaker> maker =
+      outputs.ok() ? WorkloadMaker::Create(flags.rag.workload) : Expected<WorkloadMaker>(outputs);
   if (!maker.ok()) {
     Complain(maker.status().message());
     return kExitUsage;

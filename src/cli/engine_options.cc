@@ -54,6 +54,9 @@ std::string DefaultModelPath() {
 
 Status CheckModelFile(const std::string& path) {
   std::error_code error;
+  if (std::filesystem::is_directory(path, error)) {
+    return {StatusCode::kInvalidArgument, "'" + path + "' is a directory, not a model file"};
+  }
   if (std::filesystem::exists(path, error)) return Status::Ok();
   return {StatusCode::kNotFound, "there is no model file '" + path +
                                      "': run `make setup`, which fetches the default one, or name another with -m or "

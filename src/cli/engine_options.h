@@ -16,7 +16,7 @@ namespace jointkv::cli {
 // JOINTKV_MODEL, or the model that setup puts into the cache.
 std::string DefaultModelPath();
 
-// kNotFound, saying what to do, when there is no such file.
+// kNotFound, saying what to do, when there is no such file; kInvalidArgument for a directory.
 Status CheckModelFile(const std::string& path);
 
 // -m and all that changes how the engine runs. `options` must outlive the parse. Takes the command's

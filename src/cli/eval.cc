@@ -14,6 +14,7 @@
 #include "cli/engine_options.h"
 #include "cli/eval_report.h"
 #include "cli/eval_run.h"
+#include "cli/output_files.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
 #include "cli/workloads.h"
@@ -41,6 +42,7 @@ struct EvalFlags {
   std::string json_path;
   std::string plot_path;
   bool compute_given = false;
+  bool max_running_given = false;
 };
 
 Status Bad(const std::string& message) { return {StatusCode::kInvalidArgument, message}; }
@@ -117,6 +119,12 @@ Status Eval::Prepare() {
   if (options_.deterministic && (has("bounded") || has("cosine"))) {
     return Bad("--deterministic: only with --policy off, for what a block is fused with depends on what else runs");
   }
+  if (!task_.has_value() && flags_.max_running_given && options_.max_running < static_cast<int>(workload.requests)) {
+    return Bad(fmt::format("--max-running {}: all {} requests run at once, but for --task", options_.max_running,
+                           workload.requests));
+  }
+  RETURN_IF_ERROR(CheckOutputs({{"--docs", workload.docs_path}, {"--model", options_.model_path}},
+                               {{"--json", flags_.json_path}, {"--plot", flags_.plot_path}}));
   workload.workload = ParseWorkload(name).value();
   Expected<WorkloadMaker> maker = WorkloadMaker::Create(workload);
   if (!maker.ok()) return {maker.status().code(), "--workload " + name + ": " + maker.status().message()};
@@ -361,6 +369,7 @@ void AddEval(CLI::App& app, Command& run) {
   command->get_option("--quantised-rows")->default_str("0; with --compute measured at load");
   command->callback([&run, flags, command] {
     flags->compute_given = command->count("--compute") > 0;
+    flags->max_running_given = command->count("--max-running") > 0;
     run = [flags] { return Eval(*flags).Run(); };
   });
 }

@@ -4,11 +4,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <limits>
 #include <memory>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -19,6 +17,8 @@
 #include "cli/chat_template_option.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
+#include "cli/help_groups.h"
+#include "cli/output_files.h"
 #include "cli/prompts.h"
 #include "cli/sampling_options.h"
 #include "cli/terminal.h"
@@ -39,6 +39,7 @@ struct GenerateFlags {
   bool chat = false;
   std::string system;
   std::string chat_template;  // text; empty: the model file's
+  std::string chat_template_path;
   std::string json_path;
   std::string summary_path;
   bool quiet = false;
@@ -56,12 +57,6 @@ struct Source {
   std::string id;
   engine::SamplingParams sampling;
 };
-
-// Whether both paths name one regular file, through whatever links.
-bool IsSameFile(const std::string& a, const std::string& b) {
-  std::error_code error;
-  return std::filesystem::is_regular_file(a, error) && std::filesystem::equivalent(a, b, error);
-}
 
 class Generate {
  public:
@@ -104,7 +99,9 @@ Status Generate::ReadInput() {
     inputs_.push_back({flags_.prompts_path + ":" + std::to_string(line), std::move(prompt)});
   };
   const Status status = ReadPrompts(flags_.prompts_path, flags_.sampling, take);
-  return status.ok() ? status : Status(status.code(), "--prompts " + status.message());
+  if (!status.ok()) return {status.code(), "--prompts " + status.message()};
+  if (inputs_.empty()) return {StatusCode::kInvalidArgument, "--prompts '" + flags_.prompts_path + "': has no prompts"};
+  return Status::Ok();
 }
 
 Status Generate::OpenOutput() {
@@ -125,8 +122,12 @@ int Generate::Run() {
     Complain(status.message());
     return kExitUsage;
   }
-  if (IsSameFile(flags_.json_path, flags_.prompts_path)) {
-    Complain("--json '" + flags_.json_path + "': is the file of --prompts, which would be overwritten");
+  const Status outputs = CheckOutputs({{"--prompts", flags_.prompts_path},
+                                       {"--model", flags_.engine.model_path},
+                                       {"--chat-template", flags_.chat_template_path}},
+                                      {{"--json", flags_.json_path}, {"--summary", flags_.summary_path}});
+  if (!outputs.ok()) {
+    Complain(outputs.message());
     return kExitUsage;
   }
   if (const Status status = ReadInput(); !status.ok()) {
@@ -307,26 +308,31 @@ int Generate::Finish() {
 void AddGenerate(CLI::App& app, Command& run) {
   const auto flags = std::make_shared<GenerateFlags>();
   CLI::App* command = app.add_subcommand("generate", "run one prompt, or a file of prompts all at once");
-  CLI::Option_group* input = command->add_option_group("input", "one of these is required");
-  CLI::Option* prompt = input->add_option("--prompt", flags->prompt, "text to continue")->type_name("TEXT");
-  input->add_option("--prompts", flags->prompts_path, "a request a line; - for standard input")
-      ->type_name("FILE.jsonl");
-  input->require_option(1);
+  SetGroup(*command, "Prompts: --prompt or --prompts is required");
+  CLI::Option* prompt = command->add_option("--prompt", flags->prompt, "text to continue")->option_text("TEXT");
+  CLI::Option* prompts = command->add_option("--prompts", flags->prompts_path, "a request a line; - for standard input")
+                             ->option_text("FILE.jsonl")
+                             ->excludes(prompt);
   command->add_flag("--chat", flags->chat, "a text prompt is a user's message: apply the model's chat template");
   command
       ->add_option("--system", flags->system,
                    "system message of conversations that have none; only with --chat or messages")
       ->type_name("TEXT");
+  SetGroup(*command, "Output");
   command->add_option("--json", flags->json_path, "write a row per choice; - for standard output")
       ->type_name("OUT.jsonl");
   command->add_option("--summary", flags->summary_path, "write the summary as JSON; - for standard output")
       ->type_name("FILE");
   command->add_flag("--quiet", flags->quiet, "no table, and no texts of many prompts");
+  SetGroup(*command, "Sampling");
   AddSamplingFlags(*command, flags->sampling);
-  AddChatTemplateFlag(*command, flags->chat_template);
+  SetGroup(*command, "Engine");
+  AddChatTemplateFlag(*command, flags->chat_template, &flags->chat_template_path);
   AddEngineFlags(*command, flags->engine);
-  command->callback([&run, flags, prompt] {
+  PutHelpLast(*command);
+  command->callback([&run, flags, prompt, prompts] {
     flags->has_prompt = prompt->count() > 0;
+    if (!flags->has_prompt && prompts->count() == 0) throw CLI::RequiredError("--prompt or --prompts");
     run = [flags] { return Generate(*flags).Run(); };
   });
 }

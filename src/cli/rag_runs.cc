@@ -31,6 +31,10 @@ void AddRagFlags(CLI::App& app, RagFlags& flags) {
   AddEngineFlags(app, flags.engine);
 }
 
+std::vector<NamedFile> InputsOf(const RagFlags& flags) {
+  return {{"--docs", flags.workload.docs_path}, {"--model", flags.engine.model_path}};
+}
+
 std::vector<engine::EngineOptions> RagEngines(const RagFlags& flags) {
   std::vector<engine::EngineOptions> engines = {flags.engine};
   engines.front().fusion.policy = joint::Policy::kOff;

@@ -10,6 +10,7 @@
 
 #include "base/status.h"
 #include "cli/batch.h"
+#include "cli/output_files.h"
 #include "cli/workloads.h"
 #include "engine/engine.h"
 
@@ -24,6 +25,9 @@ struct RagFlags {
 
 // Options of the workload and of the engine, with less KV memory by default; `flags` must outlive the parse.
 void AddRagFlags(CLI::App& app, RagFlags& flags);
+
+// The files that it reads.
+std::vector<NamedFile> InputsOf(const RagFlags& flags);
 
 // The engines to run it on: fusion off, and then as asked for, unless that is off too.
 std::vector<engine::EngineOptions> RagEngines(const RagFlags& flags);

@@ -108,6 +108,25 @@ class Generate(Case):
         for name in ("wall_s", "req_s", "prefill_tok_s", "decode_tok_s", "kv_bytes_peak", "kv_bytes_logical_peak"):
             self.assertGreater(told[name], 0, name)
 
+    def test_outputs_are_no_inputs(self):
+        path = self.write_rows(PROMPTS[:1])
+        before = path.read_bytes()
+        link, template, model = (self.scratch / name for name in ("link", "template.jinja", "model.gguf"))
+        link.symlink_to(path.name)
+        template.write_text("{{ messages }}")
+        model.write_text("GGUF")
+        both = self.scratch / "both"
+        inputs = ["generate", "--prompts", path, "--chat-template", template, "-m", model]
+        for flag in ("--json", "--summary"):
+            for output, owner in [(path, "--prompts"), (link, "--prompts"), (template, "--chat-template"),
+                                  (model, "--model")]:
+                self.assert_usage(f"{flag} '{output}': is the file of {owner}", *inputs, flag, output)
+            self.assert_usage(f"{flag} '{self.scratch}': is a directory", *inputs, flag, self.scratch)
+            self.assert_usage("there is no directory", *inputs, flag, self.scratch / "none" / "out")
+        self.assert_usage("is where --json writes to", *inputs, "--json", both, "--summary", both)
+        self.assert_usage("is where --json writes to", *inputs, "--json", "-", "--summary", "-")
+        self.assertEqual((path.read_bytes(), both.exists()), (before, False))
+
     def test_one_prompt_streams_to_stdout(self):
         done = run("generate", "--prompt", "The capital of France is", "--max-tokens", 4, "--temperature", 0, "--deterministic", *KV)
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -171,7 +190,10 @@ class Generate(Case):
         self.assert_usage("--logit-bias", "generate", "--prompt", "a", "--logit-bias", "5")
         self.assert_usage("temperature", "generate", "--prompt", "a", "--temperature", "-1")
         self.assert_usage("make setup", "generate", "--prompt", "a", "-m", "/nonexistent.gguf")
+        self.assert_usage("is a directory", "generate", "--prompt", "a", "-m", self.scratch)
         self.assert_usage("/nonexistent.jsonl", "generate", "--prompts", "/nonexistent.jsonl")
+        self.assert_usage("Is a directory", "generate", "--prompts", self.scratch)
+        self.assert_usage("has no prompts", "generate", "--prompts", self.write_rows(["\n", " \n"]))
         self.assert_usage("no command 'nonsense'", "nonsense")
         self.assert_usage("required")
         self.assert_usage("--compute int8", "generate", "--prompt", "a", "--compute", "int8", env={"JOINTKV_TARGET": "sse4"})
@@ -354,6 +376,34 @@ class Others(Case):
             done = run(*command)
             self.assertEqual((done.returncode, done.stderr), (0, ""), command)
             self.assertIn("Usage: jointkv", done.stdout)
+
+    def test_help_begins_with_what_is_needed(self):
+        lines = run("generate", "--help").stdout.splitlines()
+        options = [line.split()[0] for line in lines if line.startswith("  -")]
+        self.assertEqual(options[:3], ["--prompt", "--prompts", "--chat"])
+        self.assertEqual(options[-1], "-h,--help")
+
+    def test_options_without_effect_are_not_there(self):
+        for flag in ("--no-prefix-cache", "--max-running"):
+            self.assertNotIn(flag, run("bench", "engine", "--help").stdout)
+            self.assert_usage(flag, "bench", "engine", flag)
+        self.assert_usage("--max-running 2: all 5 requests run at once", "eval", "--requests", 5, "--max-running", 2)
+
+    def test_outputs_are_looked_at_first(self):
+        none = self.scratch / "none" / "out"
+        for command in (["bench", "engine", "--json"], ["bench", "capacity", "--json"], ["demo", "--summary"],
+                        ["eval", "--json"], ["eval", "--plot"], ["analyze", "--json"], ["analyze", "--plot"]):
+            self.assert_usage(f"{command[-1]} '{none}': there is no directory", *command, none)
+            self.assert_usage("is a directory", *command, self.scratch)
+            model = self.scratch / "model.gguf"
+            model.write_text("GGUF")
+            self.assert_usage(f"{command[-1]} '{model}': is the file of --model", *command, model, "-m", model)
+            if command[:2] == ["bench", "engine"]:
+                continue
+            docs = self.write_rows([{"title": "a", "text": "b", "question": "c", "answers": ["d"]}])
+            self.assert_usage("is the file of --docs", *command, docs, "--docs", docs)
+        for command in ("eval", "analyze"):
+            self.assert_usage("--plot '-': is where --json writes to", command, "--json", "-", "--plot", "-")
 
     def test_inspect(self):
         done = run("inspect", "--json", MODEL)
