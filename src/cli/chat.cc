@@ -13,6 +13,7 @@
 #include "cli/chat_template_option.h"
 #include "cli/commands.h"
 #include "cli/engine_options.h"
+#include "cli/help_groups.h"
 #include "cli/sampling_options.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
@@ -28,7 +29,9 @@ constexpr const char* kHelp =
     "/system TEXT  set the system message and start over; without TEXT: show it\n"
     "/reset        forget the conversation\n"
     "/stats        speed, tokens and memory so far\n"
-    "/exit         leave; Ctrl-D does too, Ctrl-C stops an answer\n";
+    "/help         this list\n"
+    "/exit, /quit  leave; Ctrl-D does too, Ctrl-C stops an answer\n"
+    "//TEXT        send /TEXT; a line such as /etc/hosts, whose first word is no command's, is sent as it is\n";
 
 struct ChatFlags {
   engine::EngineOptions engine;
@@ -45,6 +48,7 @@ class Chat {
  private:
   void Reset();
   bool Command(const std::string& line);  // false: leave
+  void RefuseCommand(const std::string& command);
   void Turn(const std::string& line);
   Expected<engine::Request> NextRequest();
   Status Answer(engine::Request request, std::string& answer);
@@ -57,8 +61,17 @@ class Chat {
   std::vector<text::ChatMessage> messages_;
   SummaryBuilder builder_;
   double busy_s_ = 0;
+  bool terminal_ = false;
   bool failed_ = false;
 };
+
+// Whether a line is meant as a command, known or not: one whose first word is a slash and letters.
+bool IsCommand(const std::string& line) {
+  const size_t end = std::min(line.find_first_of(" \t"), line.size());
+  return end > 1 && line.front() == '/' &&
+         std::all_of(line.begin() + 1, line.begin() + static_cast<ptrdiff_t>(end),
+                     [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); });
+}
 
 int Chat::Run() {
   if (const Status status = Validate(flags_.sampling, std::numeric_limits<int>::max(), flags_.engine.sampling_limits);
@@ -79,32 +92,32 @@ int Chat::Run() {
   if (!chat_template_->warning().empty()) Complain(chat_template_->warning());
   Reset();
 
-  const bool terminal = isatty(STDIN_FILENO) == 1;
-  if (terminal)
+  terminal_ = isatty(STDIN_FILENO) == 1;
+  if (terminal_)
     fmt::print("{}, {} tokens of context. /help lists the commands.\n", engine_->file().path(), engine_->max_context());
   LineReader reader;
   std::string line;
   while (true) {
     ArmInterrupt();
-    if (terminal) fmt::print("\n> ");
+    if (terminal_) fmt::print("\n> ");
     std::fflush(stdout);
     const LineReader::Result result = reader.Next(line);
     if (result == LineReader::Result::kEnd) break;
     if (result == LineReader::Result::kInterrupted) {
-      if (!terminal) return kExitInterrupted;
+      if (!terminal_) return kExitInterrupted;
       fmt::print("\n(Ctrl-D or /exit leaves)");
       continue;
     }
     if (!line.empty() && line.back() == '\r') line.pop_back();
     if (line.find_first_not_of(" \t") == std::string::npos) continue;
-    if (line.front() == '/') {
+    if (IsCommand(line)) {
       if (!Command(line)) break;
     } else {
-      Turn(line);
-      if (Interrupted() && !terminal) return kExitInterrupted;
+      Turn(line.starts_with("//") ? line.substr(1) : line);
+      if (Interrupted() && !terminal_) return kExitInterrupted;
     }
   }
-  if (terminal) fmt::print("\n");
+  if (terminal_) fmt::print("\n");
   return failed_ ? kExitFailed : kExitOk;
 }
 
@@ -114,7 +127,7 @@ void Chat::Reset() {
 }
 
 bool Chat::Command(const std::string& line) {
-  const size_t space = std::min(line.find(' '), line.size());
+  const size_t space = std::min(line.find_first_of(" \t"), line.size());
   const std::string command = line.substr(0, space);
   const std::string argument = line.substr(std::min(space + 1, line.size()));
   if (command == "/exit" || command == "/quit") return false;
@@ -130,9 +143,16 @@ bool Chat::Command(const std::string& line) {
     system_ = argument;
     Reset();
   } else {
-    fmt::print("unknown command {}\n{}", command, kHelp);
+    RefuseCommand(command);
   }
   return true;
+}
+
+// From a pipe it is a failure: nobody reads the answer and types the line again.
+void Chat::RefuseCommand(const std::string& command) {
+  Complain(fmt::format("unknown command {0}: there are /system, /reset, /stats, /help, /exit and /quit; /{0} sends it",
+                       command));
+  failed_ = failed_ || !terminal_;
 }
 
 // A turn that fails leaves the conversation as it was.
@@ -206,10 +226,15 @@ void AddChat(CLI::App& app, Command& run) {
   flags->sampling.top_p = 0.95F;
   flags->sampling.max_tokens = 1024;
   CLI::App* command = app.add_subcommand("chat", "a conversation on the terminal, or a turn a line from a pipe");
+  command->footer(std::string("Lines that are commands:\n") + kHelp);
+  SetGroup(*command, "Conversation");
   command->add_option("--system", flags->system, "system message")->type_name("TEXT");
+  SetGroup(*command, "Sampling");
   AddSamplingFlags(*command, flags->sampling, false);
+  SetGroup(*command, "Engine");
   AddChatTemplateFlag(*command, flags->chat_template);
   AddEngineFlags(*command, flags->engine);
+  PutHelpLast(*command);
   command->callback([&run, flags] { run = [flags] { return Chat(*flags).Run(); }; });
 }
 

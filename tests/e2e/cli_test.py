@@ -211,14 +211,26 @@ class Generate(Case):
 class Chat(Case):
     def test_pipe(self):
         done = run("chat", "--temperature", 0, "--deterministic", "--compute", "f32", "--max-tokens", 12, *KV,
-                   text="What is the capital of France?\n\nAnd of Italy?\n/stats\n/nonsense\n/exit\nnever read\n")
+                   text="What is the capital of France?\n\nAnd of Italy?\n/stats\n/exit\nnever read\n")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("Paris", done.stdout)
         self.assertNotIn("> ", done.stdout)
         self.assertRegex(done.stdout, r"requests +2 in")
         # The second turn begins with the first.
         self.assertRegex(done.stdout, r"prompt tokens +\d+, [1-9]\d* from the prefix cache")
-        self.assertIn("unknown command /nonsense", done.stdout)
+
+    def test_lines_with_a_slash(self):
+        done = run("chat", "--max-tokens", 2, *KV,
+                   text="/etc/hosts is a file.\n//exit is a word.\n/\n/nonsense\n/Exit now\n/stats\n/quit\nnever read\n")
+        self.assertRegex(done.stdout, r"requests +3 in")
+        self.assertEqual(done.returncode, 1)
+        lines = done.stderr.splitlines()
+        self.assertEqual(len(lines), 2, done.stderr)
+        for line, command in zip(lines, ("/nonsense", "/Exit")):
+            self.assertTrue(line.startswith(f"jointkv: unknown command {command}: "), line)
+            for known in ("/system", "/reset", "/stats", "/help", "/exit", "/quit", f"/{command} sends it"):
+                self.assertIn(known, line)
+        self.assertIn("//TEXT", run("chat", "--help").stdout)
 
     def test_terminal(self):
         child, terminal = pty.fork()
