@@ -3,6 +3,7 @@
 #include <spdlog/fmt/fmt.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <memory>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "cli/bench_serve_options.h"
 #include "cli/bench_serve_report.h"
 #include "cli/bench_serve_stats.h"
+#include "cli/output_files.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
 
@@ -71,12 +73,14 @@ class Progress {
 };
 
 LoadResult Run(const ServeFlags& flags, const HttpServer& server, const std::vector<std::string>& bodies,
-               const std::vector<double>& arrivals_s) {
+               const std::vector<double>& arrivals_s, const std::string& request_id_prefix) {
   LoadOptions options;
   options.max_concurrency = flags.max_concurrency.value_or(0);
   options.path = flags.endpoint;
   options.headers = flags.headers;
+  options.request_id_prefix = request_id_prefix;
   options.timeout_s = flags.request_timeout_s;
+  options.embeddings = flags.stats.embeddings;
   Progress progress(!flags.disable_progress, bodies.size());
   return RunLoad(server, options, bodies, arrivals_s, [&](const LoadState& now) { return progress(now); });
 }
@@ -84,7 +88,7 @@ LoadResult Run(const ServeFlags& flags, const HttpServer& server, const std::vec
 Status WarmUp(const ServeFlags& flags, const HttpServer& server, const std::string& body) {
   if (flags.num_warmups == 0) return Status::Ok();
   const std::vector<std::string> bodies(flags.num_warmups, body);
-  const LoadResult result = Run(flags, server, bodies, std::vector<double>(bodies.size(), 0.0));
+  const LoadResult result = Run(flags, server, bodies, std::vector<double>(bodies.size(), 0.0), "");
   if (result.interrupted) return {StatusCode::kCancelled, "interrupted"};
   for (const RequestOutcome& outcome : result.outcomes) {
     if (!outcome.success) return {StatusCode::kIo, "warming up: " + outcome.error};
@@ -102,6 +106,12 @@ void ShowErrors(const std::vector<RequestOutcome>& outcomes) {
 }
 
 Expected<int> RunBenchServe(ServeFlags flags) {
+  RETURN_IF_ERROR(CheckOutputs({{"--dataset-path", flags.dataset.path}, {"--tokenizer", flags.dataset.tokenizer_path}},
+                               {{"--save-dataset", flags.save_dataset_path}}));
+  if (flags.save_dataset_path.empty()) {
+    RETURN_IF_ERROR(PrepareServeResult(flags));
+    for (const std::string& flag : flags.ignored) Complain(flag + " does nothing without --save-result");
+  }
   ASSIGN_OR_RETURN(const std::vector<ServeRequest> requests, MakeDataset(flags.dataset));
   if (!flags.save_dataset_path.empty()) {
     RETURN_IF_ERROR(WriteTextFile(flags.save_dataset_path, ToRows(requests)));
@@ -109,7 +119,7 @@ Expected<int> RunBenchServe(ServeFlags flags) {
   }
   const std::string base_url =
       flags.base_url.empty() ? fmt::format("http://{}:{}", flags.host, flags.port) : flags.base_url;
-  ASSIGN_OR_RETURN(const HttpServer server, HttpServer::Resolve(base_url));
+  ASSIGN_OR_RETURN(const HttpServer server, HttpServer::Resolve(base_url, flags.tls_check));
   ArmInterrupt();
   if (flags.ready_check_timeout_s > 0) {
     RETURN_IF_ERROR(AwaitReady(server, flags.headers, flags.ready_check_timeout_s));
@@ -122,12 +132,20 @@ Expected<int> RunBenchServe(ServeFlags flags) {
   for (const ServeRequest& request : requests) bodies.push_back(ToBody(request, flags.body));
   RETURN_IF_ERROR(WarmUp(flags, server, bodies.front()));
 
-  const LoadResult result = Run(flags, server, bodies, ArrivalTimes(bodies.size(), flags.arrival));
+  const std::vector<double> arrivals_s = ArrivalTimes(bodies.size(), flags.arrival);
+  const auto start = std::chrono::system_clock::now();
+  const LoadResult result = Run(flags, server, bodies, arrivals_s, flags.request_id_prefix);
   ShowErrors(result.outcomes);
   const ServeStats stats = ComputeServeStats(result.outcomes, result.duration_s, flags.stats.goals);
   fmt::print("{}", ToTable(stats, flags.stats, TableHead(flags)));
   std::fflush(stdout);
-  RETURN_IF_ERROR(SaveServeResult(flags, ToJson(stats, result.outcomes, flags.stats), result.interrupted));
+  nlohmann::ordered_json metrics = ToJson(stats, result.outcomes, flags.stats);
+  if (flags.arrival.ramp_up) {
+    std::vector<RateChange> changes = RateChanges(*flags.arrival.ramp_up, arrivals_s);
+    std::erase_if(changes, [&](const RateChange& change) { return change.at_s > result.duration_s; });
+    metrics["rps_change_events"] = RateChangesJson(changes, start);
+  }
+  RETURN_IF_ERROR(SaveServeResult(flags, metrics, result.interrupted));
   if (result.interrupted) return kExitInterrupted;
   return stats.failed == 0 ? kExitOk : kExitFailed;
 }

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <random>
+#include <system_error>
 
 #include "cli/lines.h"
 #include "cli/rag_pool.h"
@@ -138,6 +140,12 @@ OrderedJson ToJson(const std::vector<text::ChatMessage>& messages) {
   return json;
 }
 
+std::string OneText(const std::vector<text::ChatMessage>& messages) {
+  std::string text;
+  for (const text::ChatMessage& message : messages) text += (text.empty() ? "" : "\n\n") + message.content;
+  return text;
+}
+
 std::string Dump(const OrderedJson& json) { return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace); }
 
 }  // namespace
@@ -180,6 +188,12 @@ Expected<std::vector<ServeRequest>> MakeDataset(const DatasetOptions& options) {
   std::vector<ServeRequest> requests;
   if (options.name == "random") {
     if (!options.path.empty()) return Bad("data set random takes no file");
+    std::error_code error;
+    if (!std::filesystem::is_regular_file(options.tokenizer_path, error)) {
+      return Status(StatusCode::kNotFound, "--tokenizer '" + options.tokenizer_path +
+                                               "': there is no such file; `make setup` fetches the default model, and "
+                                               "other data sets need none");
+    }
     ASSIGN_OR_RETURN(const auto tokenizer, text::Tokenizer::Open(options.tokenizer_path));
     ASSIGN_OR_RETURN(requests, RandomDataset(*tokenizer, options.num_prompts, options.seed, options.random));
   } else if (options.name == "custom") {
@@ -205,19 +219,21 @@ std::string ToRows(const std::vector<ServeRequest>& requests) {
 
 std::string ToBody(const ServeRequest& request, const BodyOptions& options) {
   OrderedJson body = {{"model", options.model}};
-  if (options.chat) {
-    body["messages"] = ToJson(request.messages);
-    body["max_completion_tokens"] = request.output_tokens;
-  } else {
-    std::string prompt;
-    for (const text::ChatMessage& message : request.messages) {
-      prompt += (prompt.empty() ? "" : "\n\n") + message.content;
-    }
-    body["prompt"] = prompt;
-    body["max_tokens"] = request.output_tokens;
+  switch (options.api) {
+    case ServeApi::kCompletions:
+      body["prompt"] = OneText(request.messages);
+      body["max_tokens"] = request.output_tokens;
+      break;
+    case ServeApi::kChat:
+      body["messages"] = ToJson(request.messages);
+      body["max_completion_tokens"] = request.output_tokens;
+      break;
+    case ServeApi::kEmbeddings: body["input"] = OneText(request.messages); break;
   }
-  body["stream"] = true;
-  body["stream_options"] = {{"include_usage", true}};
+  if (options.api != ServeApi::kEmbeddings) {
+    body["stream"] = true;
+    body["stream_options"] = {{"include_usage", true}};
+  }
   if (options.ignore_eos) body["ignore_eos"] = true;
   body.update(options.extra);
   return Dump(body);

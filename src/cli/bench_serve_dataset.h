@@ -58,8 +58,10 @@ Expected<std::vector<ServeRequest>> RandomDataset(const text::Tokenizer& tokeniz
 // The requests as rows of a custom data set.
 std::string ToRows(const std::vector<ServeRequest>& requests);
 
+enum class ServeApi : uint8_t { kCompletions, kChat, kEmbeddings };
+
 struct BodyOptions {
-  bool chat = false;  // messages as they are; otherwise their contents as one prompt
+  ServeApi api = ServeApi::kCompletions;  // chat: messages as they are; otherwise their contents as one text
   std::string model = {};
   bool ignore_eos = false;
   nlohmann::ordered_json extra = nlohmann::ordered_json::object();  // further fields, or other values of those above

@@ -107,7 +107,7 @@ TEST_F(DatasetTest, SavedRowsAreTheSameRequests) {
   const auto again = MakeDataset(Custom(ToRows(*requests), 4));
   ASSERT_TRUE(again.ok()) << again.status().ToString();
   for (size_t i = 0; i < 4; ++i) {
-    EXPECT_EQ(ToBody((*again)[i], {.chat = true}), ToBody((*requests)[i], {.chat = true}));
+    EXPECT_EQ(ToBody((*again)[i], {.api = ServeApi::kChat}), ToBody((*requests)[i], {.api = ServeApi::kChat}));
   }
 }
 
@@ -126,6 +126,9 @@ TEST_F(DatasetTest, EveryNameMakesRequests) {
   DatasetOptions unknown;
   unknown.name = "sonnet";
   EXPECT_EQ(MakeDataset(unknown).status().code(), StatusCode::kInvalidArgument);
+  DatasetOptions without_words;
+  without_words.tokenizer_path = testing::TempDir();
+  EXPECT_EQ(MakeDataset(without_words).status().code(), StatusCode::kNotFound);
 }
 
 TEST_F(DatasetTest, RandomPromptsHaveTheirLengths) {
@@ -156,7 +159,7 @@ TEST_F(DatasetTest, RandomPromptsHaveTheirLengths) {
 
 TEST(ToBodyTest, ChatsAreMessagesAndCompletionsText) {
   const ServeRequest request = {{{"system", "be brief"}, {"user", "hi"}}, 8};
-  EXPECT_EQ(nlohmann::json::parse(ToBody(request, {.chat = true, .model = "m"})), nlohmann::json::parse(R"({
+  EXPECT_EQ(nlohmann::json::parse(ToBody(request, {.api = ServeApi::kChat, .model = "m"})), nlohmann::json::parse(R"({
     "model": "m", "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
     "max_completion_tokens": 8, "stream": true, "stream_options": {"include_usage": true}})"));
   BodyOptions options = {.model = "m", .ignore_eos = true};
@@ -164,6 +167,7 @@ TEST(ToBodyTest, ChatsAreMessagesAndCompletionsText) {
   EXPECT_EQ(nlohmann::json::parse(ToBody(request, options)), nlohmann::json::parse(R"({
     "model": "m", "prompt": "be brief\n\nhi", "max_tokens": 3, "stream": true,
     "stream_options": {"include_usage": true}, "ignore_eos": true, "temperature": 0})"));
+  EXPECT_EQ(ToBody(request, {.api = ServeApi::kEmbeddings, .model = "m"}), R"({"model":"m","input":"be brief\n\nhi"})");
 }
 
 TEST(ToBodyTest, BadUtf8IsReplaced) {

@@ -1,5 +1,9 @@
 #include "cli/bench_serve_http.h"
 
+#include <openssl/ssl.h>
+#include <openssl/x509_vfy.h>
+
+#include <boost/asio/ssl/error.hpp>
 #include <boost/beast/core/error.hpp>
 #include <boost/beast/http/error.hpp>
 #include <boost/beast/http/read.hpp>
@@ -25,21 +29,42 @@ Status BadUrl(const std::string& url, const std::string& what) {
   return {StatusCode::kInvalidArgument, "'" + url + "': " + what};
 }
 
+bool IsAddress(const std::string& host) {
+  beast::error_code error;
+  asio::ip::make_address(host, error);
+  return !error;
+}
+
+Expected<std::shared_ptr<asio::ssl::context>> MakeTls(TlsCheck check) {
+  const auto tls = std::make_shared<asio::ssl::context>(asio::ssl::context::tls_client);
+  beast::error_code error;
+  tls->set_options(asio::ssl::context::default_workarounds | asio::ssl::context::no_tlsv1 |
+                       asio::ssl::context::no_tlsv1_1 | asio::ssl::context::no_compression,
+                   error);
+  if (!error) tls->set_verify_mode(check == TlsCheck::kNone ? asio::ssl::verify_none : asio::ssl::verify_peer, error);
+  if (!error && check != TlsCheck::kNone) tls->set_default_verify_paths(error);
+  if (error) return Status(StatusCode::kIo, "TLS: " + error.message());
+  return tls;
+}
+
 }  // namespace
 
-Expected<HttpServer> HttpServer::Resolve(const std::string& base_url) {
-  constexpr std::string_view kScheme = "http://";
-  if (base_url.starts_with("https://")) {
-    return Status(StatusCode::kUnsupported, "'" + base_url + "': only http is supported");
-  }
-  if (!base_url.starts_with(kScheme)) return BadUrl(base_url, "expected http://host:port");
-  const std::string rest = base_url.substr(kScheme.size());
+std::string HttpServer::authority() const {
+  const std::string name = host.find(':') == std::string::npos ? host : "[" + host + "]";
+  return port == (tls == nullptr ? "80" : "443") ? name : name + ":" + port;
+}
+
+Expected<HttpServer> HttpServer::Resolve(const std::string& base_url, TlsCheck check) {
+  const size_t scheme = base_url.find("://") + 3;
+  const bool https = base_url.starts_with("https://");
+  if (!https && !base_url.starts_with("http://")) return BadUrl(base_url, "expected http://host:port or https://");
+  const std::string rest = base_url.substr(scheme);
   const size_t slash = std::min(rest.find('/'), rest.size());
   std::string authority = rest.substr(0, slash);
   HttpServer server;
   server.path = rest.substr(slash);
   while (server.path.ends_with('/')) server.path.pop_back();
-  server.port = "80";
+  server.port = https ? "443" : "80";
   const size_t colon = authority.rfind(':');
   if (colon != std::string::npos && authority.find(']', colon) == std::string::npos) {
     server.port = authority.substr(colon + 1);
@@ -53,6 +78,9 @@ Expected<HttpServer> HttpServer::Resolve(const std::string& base_url) {
   if (authority.starts_with('[') && authority.ends_with(']')) authority = authority.substr(1, authority.size() - 2);
   if (authority.empty()) return BadUrl(base_url, "has no host");
   server.host = authority;
+  if (https) {
+    ASSIGN_OR_RETURN(server.tls, MakeTls(check));
+  }
 
   asio::io_context io;
   asio::ip::tcp::resolver resolver(io);
@@ -76,8 +104,7 @@ void HttpConnection::Start(HttpCall call, OnData on_data, OnEnd on_end) {
   request_.version(11);
   request_.method(call.method);
   request_.target(server_.path + call.path);
-  const bool is_v6 = server_.host.find(':') != std::string::npos;
-  request_.set(http::field::host, (is_v6 ? "[" + server_.host + "]" : server_.host) + ":" + server_.port);
+  request_.set(http::field::host, server_.authority());
   request_.set(http::field::user_agent, "jointkv-bench");
   if (!call.body.empty()) request_.set(http::field::content_type, "application/json");
   for (const auto& [name, value] : call.headers) request_.set(name, value);
@@ -105,14 +132,41 @@ void HttpConnection::Connect() {
     if (error) return End(error);
     Error ignored;
     stream_.socket().set_option(asio::ip::tcp::no_delay(true), ignored);
+    if (server_.tls != nullptr) return Handshake();
     Write();
   });
 }
 
+void HttpConnection::Handshake() {
+  tls_.emplace(stream_, *server_.tls);
+  SSL* ssl = tls_->native_handle();
+  if (IsAddress(server_.host)) {
+    X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), server_.host.c_str());
+  } else {
+    SSL_set1_host(ssl, server_.host.c_str());
+    SSL_set_tlsext_host_name(ssl, server_.host.c_str());
+  }
+  tls_->async_handshake(asio::ssl::stream_base::client, [this](Error error) {
+    if (error) return End(error);
+    Write();
+  });
+}
+
+template <typename Function>
+void HttpConnection::OnStream(const Function& function) {
+  if (tls_) {
+    function(*tls_);
+  } else {
+    function(stream_);
+  }
+}
+
 void HttpConnection::Write() {
-  http::async_write(stream_, request_, [this](Error error, size_t) {
-    if (!error) return ReadHeader();
-    if (!Retry(error)) End(error);
+  OnStream([this](auto& stream) {
+    http::async_write(stream, request_, [this](Error error, size_t) {
+      if (!error) return ReadHeader();
+      if (!Retry(error)) End(error);
+    });
   });
 }
 
@@ -120,13 +174,15 @@ void HttpConnection::ReadHeader() {
   buffer_.clear();
   parser_.emplace();
   parser_->body_limit(std::numeric_limits<uint64_t>::max());  // the reader of the body bounds what it keeps
-  http::async_read_header(stream_, buffer_, *parser_, [this](Error error, size_t) {
-    if (error) {
-      if (!Retry(error)) End(error);
-      return;
-    }
-    http_status_ = static_cast<int>(parser_->get().result_int());
-    ReadBody();
+  OnStream([this](auto& stream) {
+    http::async_read_header(stream, buffer_, *parser_, [this](Error error, size_t) {
+      if (error) {
+        if (!Retry(error)) End(error);
+        return;
+      }
+      http_status_ = static_cast<int>(parser_->get().result_int());
+      ReadBody();
+    });
   });
 }
 
@@ -134,28 +190,46 @@ void HttpConnection::ReadBody() {
   if (parser_->is_done()) return End({});
   parser_->get().body().data = chunk_.data();
   parser_->get().body().size = chunk_.size();
-  http::async_read_some(stream_, buffer_, *parser_, [this](Error error, size_t) {
-    const size_t got = chunk_.size() - parser_->get().body().size;
-    if (got > 0) on_data_({chunk_.data(), got});
-    if (cancelled_ || (error && error != http::error::need_buffer)) return End(error);
-    ReadBody();
+  OnStream([this](auto& stream) {
+    http::async_read_some(stream, buffer_, *parser_, [this](Error error, size_t) {
+      const size_t got = chunk_.size() - parser_->get().body().size;
+      if (got > 0) on_data_({chunk_.data(), got});
+      if (cancelled_ || (error && error != http::error::need_buffer)) return End(error);
+      ReadBody();
+    });
   });
 }
 
 bool HttpConnection::Retry(const Error& error) {
   const bool hung_up = error == http::error::end_of_stream || error == asio::error::connection_reset ||
-                       error == asio::error::broken_pipe || error == asio::error::eof;
+                       error == asio::error::broken_pipe || error == asio::error::eof ||
+                       error == asio::ssl::error::stream_truncated;
   if (!reused_ || !hung_up || cancelled_) return false;
   reused_ = false;
-  stream_.close();
+  Close();
   stream_.expires_after(timeout_);
   Connect();
   return true;
 }
 
+void HttpConnection::Close() {
+  stream_.close();
+  tls_.reset();
+}
+
+// For a certificate that is refused: why.
+std::string HttpConnection::What(const Error& error) {
+  const long verified = tls_ ? SSL_get_verify_result(tls_->native_handle()) : X509_V_OK;
+  const bool refused = verified != X509_V_OK && error.category() == asio::error::get_ssl_category() &&
+                       SSL_CTX_get_verify_mode(server_.tls->native_handle()) != SSL_VERIFY_NONE;
+  if (!refused) return error.message();
+  return std::string("the certificate is refused: ") + X509_verify_cert_error_string(verified);
+}
+
 void HttpConnection::End(const Error& error) {
   const bool keep = !error && !cancelled_ && parser_->keep_alive();
-  if (!keep) stream_.close();
+  const std::string what = error ? What(error) : std::string();
+  if (!keep) Close();
   stream_.expires_never();
   Status status;
   if (cancelled_) {
@@ -163,7 +237,7 @@ void HttpConnection::End(const Error& error) {
   } else if (error == beast::error::timeout) {
     status = Status(StatusCode::kIo, "no whole answer in time");
   } else if (error) {
-    status = Status(StatusCode::kIo, server_.host + ":" + server_.port + ": " + error.message());
+    status = Status(StatusCode::kIo, server_.host + ":" + server_.port + ": " + what);
   }
   // The callback may start the next call.
   on_data_ = nullptr;

@@ -1,8 +1,10 @@
-// HTTP/1.1 from the client's side, no more than a load generator needs.
+// HTTP/1.1 from the client's side, with TLS or without, no more than a load generator needs.
 #pragma once
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/ssl/context.hpp>
+#include <boost/asio/ssl/stream.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/core/tcp_stream.hpp>
 #include <boost/beast/http/buffer_body.hpp>
@@ -12,6 +14,7 @@
 
 #include <array>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,15 +27,21 @@ namespace jointkv::cli {
 
 using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
 
+// Whether a server must show a certificate for its name that the system's store trusts, or SSL_CERT_FILE's.
+enum class TlsCheck : bool { kNone, kCertificate };
+
 // Where a server listens: from "http://127.0.0.1:8000/prefix".
 struct HttpServer {
   std::string host;
   std::string port;
   std::string path;  // put before the path of each call; no '/' at its end
   std::vector<boost::asio::ip::tcp::endpoint> endpoints;
+  std::shared_ptr<boost::asio::ssl::context> tls;  // null: http
 
-  // Resolves the name. Fails with kInvalidArgument (not such a URL), kUnsupported (https) or kNotFound.
-  static Expected<HttpServer> Resolve(const std::string& base_url);
+  std::string authority() const;  // for the Host header
+
+  // Resolves the name. Fails with kInvalidArgument (not such a URL), kNotFound, or kIo (no store of certificates).
+  static Expected<HttpServer> Resolve(const std::string& base_url, TlsCheck check = TlsCheck::kCertificate);
 };
 
 struct HttpCall {
@@ -63,16 +72,25 @@ class HttpConnection {
  private:
   using Error = boost::beast::error_code;
 
+  using TlsStream = boost::asio::ssl::stream<boost::beast::tcp_stream&>;
+
+  // Calls it with the stream that HTTP goes over.
+  template <typename Function>
+  void OnStream(const Function& function);
   void Connect();
+  void Handshake();
   void Write();
   void ReadHeader();
   void ReadBody();
   // Whether the server hung up on a kept connection before it answered, which is its right; if so, connects again.
   bool Retry(const Error& error);
+  void Close();
   void End(const Error& error);
+  std::string What(const Error& error);
 
   const HttpServer& server_;
   boost::beast::tcp_stream stream_;
+  std::optional<TlsStream> tls_;
   boost::beast::flat_buffer buffer_;
   boost::beast::http::request<boost::beast::http::string_body> request_;
   std::optional<boost::beast::http::response_parser<boost::beast::http::buffer_body>> parser_;

@@ -18,22 +18,24 @@ namespace jointkv::cli {
 namespace {
 
 constexpr size_t kErrorBytesMax = 4096;
+constexpr size_t kAnswerBytesMax = size_t{16} << 20;  // of embeddings
 
 // A connection with the request that it carries. Threads: the loop's. Owns: the request's outcome. Fails how: in the
 // outcome.
 class Slot {
  public:
-  Slot(boost::asio::io_context& io, const HttpServer& server) : connection_(io, server) {}
+  Slot(boost::asio::io_context& io, const HttpServer& server, bool embeddings)
+      : connection_(io, server), embeddings_(embeddings) {}
 
   void Send(HttpCall call, double arrival_s, double run_start_s, std::function<void(bool answered)> on_end) {
     outcome_ = {};
     outcome_.arrival_s = arrival_s;
-    const double now_s = MonotonicSeconds();
-    outcome_.start_s = now_s - run_start_s;
+    sent_s_ = MonotonicSeconds();
+    outcome_.start_s = sent_s_ - run_start_s;
     events_ = {};
-    reader_.emplace(now_s);
+    reader_.emplace(sent_s_);
     bad_ = Status::Ok();
-    error_body_.clear();
+    body_.clear();
     connection_.Start(
         std::move(call), [this](std::string_view bytes) { Take(bytes); },
         [this, end = std::move(on_end)](const Status& status, int http_status) {
@@ -48,8 +50,14 @@ class Slot {
 
  private:
   void Take(std::string_view bytes) {
-    if (connection_.http_status() != 200) {
-      error_body_ += bytes.substr(0, kErrorBytesMax - std::min(kErrorBytesMax, error_body_.size()));
+    const bool failed = connection_.http_status() != 200;
+    if (failed || embeddings_) {
+      const size_t most = failed ? kErrorBytesMax : kAnswerBytesMax;
+      if (!failed && body_.size() + bytes.size() > most && bad_.ok()) {
+        bad_ = Status(StatusCode::kOutOfRange, "the answer has more than " + std::to_string(most) + " bytes");
+        connection_.Cancel();
+      }
+      body_ += bytes.substr(0, most - std::min(most, body_.size()));
       return;
     }
     const double now_s = MonotonicSeconds();
@@ -61,9 +69,9 @@ class Slot {
   }
 
   void Conclude(const Status& status, int http_status) {
-    const Status finished = reader_->Finish(outcome_);
+    const Status finished = embeddings_ ? FinishEmbeddings(http_status) : reader_->Finish(outcome_);
     if (http_status != 0 && http_status != 200) {
-      outcome_.error = ErrorMessage(http_status, error_body_);
+      outcome_.error = ErrorMessage(http_status, body_);
     } else if (!bad_.ok()) {
       outcome_.error = bad_.message();
     } else if (!status.ok()) {
@@ -74,11 +82,18 @@ class Slot {
     outcome_.success = outcome_.error.empty();
   }
 
+  Status FinishEmbeddings(int http_status) {
+    outcome_.latency_s = outcome_.ttft_s = MonotonicSeconds() - sent_s_;
+    return http_status == 200 ? ReadEmbeddings(body_, outcome_) : Status::Ok();
+  }
+
   HttpConnection connection_;
+  bool embeddings_;
+  double sent_s_ = 0;
   SseParser events_;
   std::optional<CompletionReader> reader_;
   Status bad_;
-  std::string error_body_;
+  std::string body_;  // of an error, or with embeddings
   RequestOutcome outcome_;
 };
 
@@ -151,15 +166,19 @@ class Load {
 
   void Start(size_t index) {
     if (idle_.empty()) {
-      slots_.push_back(std::make_unique<Slot>(io_, server_));
+      slots_.push_back(std::make_unique<Slot>(io_, server_, options_.embeddings));
       idle_.push_back(slots_.back().get());
     }
     Slot* slot = idle_.back();
     idle_.pop_back();
     ++running_;
+    HttpHeaders headers = options_.headers;
+    if (!options_.request_id_prefix.empty()) {
+      headers.emplace_back("X-Request-Id", options_.request_id_prefix + std::to_string(index));
+    }
     slot->Send({.method = boost::beast::http::verb::post,
                 .path = options_.path,
-                .headers = options_.headers,
+                .headers = std::move(headers),
                 .body = bodies_[index],
                 .timeout_s = options_.timeout_s},
                arrivals_s_[index], start_s_, [this, slot, index](bool answered) { OnEnd(slot, index, answered); });
@@ -201,17 +220,39 @@ class Load {
 
 }  // namespace
 
+double RampUp::RateOf(size_t request, size_t count) const {
+  const double progress = static_cast<double>(request) / static_cast<double>(std::max<size_t>(count, 2) - 1);
+  return exponential ? start_rps * std::pow(end_rps / start_rps, progress)
+                     : start_rps + (end_rps - start_rps) * progress;
+}
+
 std::vector<double> ArrivalTimes(size_t count, const ArrivalOptions& options) {
   CHECK(options.request_rate > 0 && options.burstiness > 0);
   std::vector<double> times(count, 0.0);
-  if (std::isinf(options.request_rate) || count == 0) return times;
+  const bool at_once = !options.ramp_up && std::isinf(options.request_rate);
+  if (at_once || count == 0) return times;
   std::mt19937_64 random(options.seed);
-  std::gamma_distribution<double> gap(options.burstiness, 1 / (options.request_rate * options.burstiness));
+  const bool even = std::isinf(options.burstiness);
+  std::gamma_distribution<double> gap(even ? 1 : options.burstiness, even ? 1 : 1 / options.burstiness);  // of mean 1
   double now = 0;
-  for (double& time : times) time = now += gap(random);
+  for (size_t i = 0; i < count; ++i) {
+    const double rate = options.ramp_up ? options.ramp_up->RateOf(i, count) : options.request_rate;
+    times[i] = now += (even ? 1 : gap(random)) / rate;
+  }
+  if (options.ramp_up) return times;
   const double scale = now > 0 ? static_cast<double>(count) / options.request_rate / now : 0;
   for (double& time : times) time *= scale;
   return times;
+}
+
+std::vector<RateChange> RateChanges(const RampUp& ramp_up, const std::vector<double>& arrivals_s) {
+  std::vector<RateChange> changes = {{.rps = ramp_up.start_rps, .at_s = 0}};
+  double last = std::floor(ramp_up.start_rps);
+  for (size_t i = 0; i < arrivals_s.size(); ++i) {
+    const double now = std::floor(ramp_up.RateOf(i, arrivals_s.size()));
+    while (last < now) changes.push_back({.rps = ++last, .at_s = arrivals_s[i]});
+  }
+  return changes;
 }
 
 LoadResult RunLoad(const HttpServer& server, const LoadOptions& options, const std::vector<std::string>& bodies,

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,22 +14,42 @@
 
 namespace jointkv::cli {
 
+// A rate that rises from the first request to the last one.
+struct RampUp {
+  bool exponential = false;  // otherwise linear
+  double start_rps = 0;
+  double end_rps = 0;
+
+  double RateOf(size_t request, size_t count) const;
+};
+
 struct ArrivalOptions {
   double request_rate = std::numeric_limits<double>::infinity();  // a second; infinite: all at once
-  // Shape of the gamma distribution of the gaps: 1 is a Poisson process, less comes in bursts, more is more even.
+  std::optional<RampUp> ramp_up = {};                             // in its place
+  // Shape of the gamma distribution of the gaps: 1 is a Poisson process, less comes in bursts, more is more even,
+  // infinite is even.
   double burstiness = 1;
   uint64_t seed = 0;
 };
 
-// Seconds from the start at which each of `count` requests arrives, rising; scaled so that the last one comes at
-// count / request_rate. Requires positive options.
+// Seconds from the start at which each of `count` requests arrives, rising; without a ramp scaled so that the last one
+// comes at count / request_rate. Requires positive options.
 std::vector<double> ArrivalTimes(size_t count, const ArrivalOptions& options);
+
+// When a rising rate passed whole numbers of requests a second: the first entry is the start.
+struct RateChange {
+  double rps = 0;
+  double at_s = 0;
+};
+std::vector<RateChange> RateChanges(const RampUp& ramp_up, const std::vector<double>& arrivals_s);
 
 struct LoadOptions {
   size_t max_concurrency = 0;  // 0: no limit
   std::string path = {};
   HttpHeaders headers = {};
-  double timeout_s = 6 * 3600;  // of a request
+  std::string request_id_prefix = {};  // of X-Request-Id, with the request's number behind; empty: no such header
+  double timeout_s = 6 * 3600;         // of a request
+  bool embeddings = false;             // answers are not streamed
 };
 
 struct LoadState {

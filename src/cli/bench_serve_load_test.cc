@@ -150,6 +150,40 @@ TEST(RunLoadTest, ARequestHasATimeLimit) {
   EXPECT_EQ(result.outcomes[0].error, "no whole answer in time");
 }
 
+TEST(RunLoadTest, RequestsAreNumbered) {
+  TestServer server([](const TestServer::Request& request, const TestServer::Send& send) {
+    const bool numbered = request.head.find("X-Request-Id: run-" + request.body + "\r\n") != std::string::npos;
+    return numbered ? AnswerWell(request, send) : send(JsonAnswer(400, "{}"));
+  });
+  const LoadResult result =
+      RunOn(server, Bodies(3), {.headers = {{"X-Request-Id", "no"}}, .request_id_prefix = "run-"});
+  for (const RequestOutcome& outcome : result.outcomes) EXPECT_TRUE(outcome.success) << outcome.error;
+}
+
+TEST(RunLoadTest, EmbeddingsAreOneAnswer) {
+  TestServer server([](const TestServer::Request& request, const TestServer::Send& send) {
+    switch (std::stoi(request.body)) {
+      case 0: return send(JsonAnswer(200, R"({"data":[{"embedding":[1,2]}],"usage":{"prompt_tokens":7}})"));
+      case 1: return send(JsonAnswer(200, R"({"data":[]})"));
+      case 2: return send(JsonAnswer(200, "data: {}"));
+      case 3: return send(JsonAnswer(400, R"({"error":{"message":"no"}})"));
+      default: return send(JsonAnswer(200, std::string(17 << 20, ' ')));
+    }
+  });
+  const LoadResult result = RunOn(server, Bodies(5), {.max_concurrency = 1, .embeddings = true});
+  ASSERT_EQ(result.outcomes.size(), 5);
+  const RequestOutcome& first = result.outcomes[0];
+  EXPECT_TRUE(first.success) << first.error;
+  EXPECT_EQ(first.prompt_tokens, 7);
+  EXPECT_EQ(first.output_tokens, 0);
+  EXPECT_GT(first.latency_s, 0);
+  EXPECT_EQ(first.ttft_s, first.latency_s);
+  EXPECT_NE(result.outcomes[1].error.find("no embeddings"), std::string::npos) << result.outcomes[1].error;
+  EXPECT_NE(result.outcomes[2].error.find("no embeddings"), std::string::npos) << result.outcomes[2].error;
+  EXPECT_EQ(result.outcomes[3].error, "HTTP 400: no");
+  EXPECT_NE(result.outcomes[4].error.find("more than"), std::string::npos) << result.outcomes[4].error;
+}
+
 TEST(RunLoadTest, NobodyListens) {
   std::string url;
   {
@@ -192,9 +226,17 @@ TEST(HttpServerTest, ReadsUrls) {
   ASSERT_TRUE(v6.ok());
   EXPECT_EQ(v6->host, "::1");
   EXPECT_EQ(v6->port, "80");
-  EXPECT_EQ(HttpServer::Resolve("https://127.0.0.1").status().code(), StatusCode::kUnsupported);
-  for (const char* url : {"127.0.0.1:80", "http://", "http://:80", "http://a:x", "http://a:", "http://a:70000",
-                          "http://a:-1", "http://a:123456789012"}) {
+  EXPECT_EQ(v6->authority(), "[::1]");
+  EXPECT_EQ(v6->tls, nullptr);
+  const Expected<HttpServer> https = HttpServer::Resolve("https://127.0.0.1/v");
+  ASSERT_TRUE(https.ok()) << https.status().ToString();
+  EXPECT_EQ(https->port, "443");
+  EXPECT_EQ(https->path, "/v");
+  EXPECT_EQ(https->authority(), "127.0.0.1");
+  EXPECT_NE(https->tls, nullptr);
+  EXPECT_EQ(server->authority(), "127.0.0.1:8000");
+  for (const char* url : {"127.0.0.1:80", "ftp://a", "https://", "http://", "http://:80", "http://a:x",
+                          "http://a:", "http://a:70000", "http://a:-1", "http://a:123456789012"}) {
     EXPECT_EQ(HttpServer::Resolve(url).status().code(), StatusCode::kInvalidArgument) << url;
   }
 }
@@ -210,6 +252,34 @@ TEST(ArrivalTimesTest, RiseAndEndWhereTheRateSays) {
     EXPECT_EQ(times, ArrivalTimes(1000, options));
     EXPECT_NE(times, ArrivalTimes(1000, {.request_rate = 4, .burstiness = burstiness, .seed = 6}));
   }
+}
+
+TEST(ArrivalTimesTest, EvenGaps) {
+  const std::vector<double> times = ArrivalTimes(4, {.request_rate = 2, .burstiness = INFINITY});
+  EXPECT_EQ(times, (std::vector<double>{0.5, 1, 1.5, 2}));
+}
+
+TEST(ArrivalTimesTest, ARampRisesFromStartToEnd) {
+  const RampUp linear = {.start_rps = 1, .end_rps = 4};
+  EXPECT_EQ(ArrivalTimes(4, {.ramp_up = linear, .burstiness = INFINITY}),
+            (std::vector<double>{1, 1 + 1. / 2, 1 + 1. / 2 + 1. / 3, 1 + 1. / 2 + 1. / 3 + 1. / 4}));
+  const RampUp exponential = {.exponential = true, .start_rps = 1, .end_rps = 16};
+  EXPECT_DOUBLE_EQ(exponential.RateOf(0, 5), 1);
+  EXPECT_DOUBLE_EQ(exponential.RateOf(2, 5), 4);
+  EXPECT_DOUBLE_EQ(exponential.RateOf(4, 5), 16);
+  EXPECT_EQ(linear.RateOf(0, 1), 1);
+  EXPECT_TRUE(std::ranges::is_sorted(ArrivalTimes(100, {.ramp_up = exponential, .seed = 3})));
+}
+
+TEST(RateChangesTest, NamesEveryWholeRate) {
+  const std::vector<RateChange> changes = RateChanges({.start_rps = 0.5, .end_rps = 3.5}, {1, 2, 3});
+  ASSERT_EQ(changes.size(), 4);  // at 0.5, 2 and 3.5
+  EXPECT_EQ(changes[0].rps, 0.5);
+  EXPECT_EQ(changes[0].at_s, 0);
+  for (size_t i = 1; i < 4; ++i) EXPECT_EQ(changes[i].rps, static_cast<double>(i));
+  EXPECT_EQ(changes[1].at_s, 2);
+  EXPECT_EQ(changes[2].at_s, 2);
+  EXPECT_EQ(changes[3].at_s, 3);
 }
 
 // The squared coefficient of variation of gamma distributed gaps is 1 / burstiness; 20,000 of them estimate it within

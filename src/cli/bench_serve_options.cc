@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <random>
 
 #include "cli/engine_options.h"
+#include "cli/help_groups.h"
 
 namespace jointkv::cli {
 namespace {
@@ -14,7 +17,7 @@ using Json = nlohmann::ordered_json;
 
 // As they were typed; FinishFlags reads them.
 struct Texts {
-  std::string percentile_metrics = "ttft,tpot,itl";
+  std::string percentile_metrics;
   std::string metric_percentiles = "99";
   std::vector<std::string> goodput;
   std::vector<std::string> headers;
@@ -26,6 +29,10 @@ struct Texts {
   std::optional<int> custom_output_len;
   bool no_oversample = false;
   bool disable_shuffle = false;
+  bool insecure = false;
+  std::string ramp_up_strategy;
+  std::optional<double> ramp_up_start_rps;
+  std::optional<double> ramp_up_end_rps;
   std::vector<std::pair<std::string, std::shared_ptr<double>>> sampling;
   CLI::App* app = nullptr;
 };
@@ -59,10 +66,14 @@ double Number(const char* flag, const std::string& text, double least, double mo
 }
 
 void FinishStats(const Texts& texts, ServeStatsOptions& stats) {
-  stats.metrics = Split(texts.percentile_metrics, ',');
+  const char* usual = stats.embeddings ? "e2el" : "ttft,tpot,itl";
+  stats.metrics = Split(texts.percentile_metrics.empty() ? usual : texts.percentile_metrics, ',');
   for (const std::string& metric : stats.metrics) {
     if (FindServeMetric(metric) == nullptr) {
       throw CLI::ValidationError("--percentile-metrics", "there is no metric '" + metric + "'");
+    }
+    if (stats.embeddings && (metric == "ttft" || metric == "tpot" || metric == "itl")) {
+      throw CLI::ValidationError("--percentile-metrics", "embeddings have no " + metric);
     }
   }
   stats.percentiles.clear();
@@ -79,22 +90,58 @@ void FinishStats(const Texts& texts, ServeStatsOptions& stats) {
   }
 }
 
+// Fields that options of their own set, under OpenAI's names.
+void AddSampling(const std::string& flag, double value, ServeFlags& flags) {
+  std::string field = flag.substr(2);
+  std::ranges::replace(field, '-', '_');
+  if (field != "top_k" && field != "logprobs") {
+    flags.body.extra[field] = value;
+    return;
+  }
+  const auto whole = static_cast<int64_t>(value);
+  if (!(std::abs(value) <= 1e9) || static_cast<double>(whole) != value) {
+    throw CLI::ValidationError(flag, "is not a whole number");
+  }
+  if (field == "logprobs" && flags.body.api == ServeApi::kChat) {
+    flags.body.extra["logprobs"] = true;
+    flags.body.extra["top_logprobs"] = whole;
+  } else {
+    flags.body.extra[field] = whole;
+  }
+}
+
 void FinishBody(const Texts& texts, ServeFlags& flags) {
-  flags.body.chat = flags.backend == "openai-chat";
-  if (flags.endpoint.empty()) flags.endpoint = flags.body.chat ? "/v1/chat/completions" : "/v1/completions";
+  const char* endpoint = "/v1/completions";
+  if (flags.backend == "openai-chat") {
+    flags.body.api = ServeApi::kChat;
+    endpoint = "/v1/chat/completions";
+  } else if (flags.backend == "openai-embeddings") {
+    flags.body.api = ServeApi::kEmbeddings;
+    flags.stats.embeddings = true;
+    endpoint = "/v1/embeddings";
+  }
+  if (flags.endpoint.empty()) flags.endpoint = endpoint;
   if (!flags.endpoint.starts_with('/')) throw CLI::ValidationError("--endpoint", "must start with /");
   if (!texts.served_model_name.empty()) flags.body.model = texts.served_model_name;
-  flags.body.ignore_eos = flags.body.ignore_eos || flags.dataset.name == "random";
-  for (const auto& [name, value] : texts.sampling) {
-    if (texts.app->count("--" + name) == 0) continue;
-    std::string field = name;
-    std::ranges::replace(field, '-', '_');
-    flags.body.extra[field] = field == "top_k" ? Json(std::llround(*value)) : Json(*value);
+  std::vector<std::string> of_outputs = {"--ignore-eos", "--goodput", "--output-len"};
+  for (const auto& [flag, value] : texts.sampling) {
+    of_outputs.push_back(flag);
+    if (texts.app->count(flag) > 0) AddSampling(flag, *value, flags);
   }
+  for (const std::string& flag : of_outputs) {
+    if (flags.stats.embeddings && texts.app->count(flag) > 0) {
+      throw CLI::ValidationError(flag, "embeddings have no output tokens");
+    }
+  }
+  flags.body.ignore_eos = !flags.stats.embeddings && (flags.body.ignore_eos || flags.dataset.name == "random");
   if (texts.extra_body.empty()) return;
   const Json extra = Json::parse(texts.extra_body, nullptr, false);
   if (!extra.is_object()) throw CLI::ValidationError("--extra-body", "is not a JSON object");
   flags.body.extra.update(extra);
+}
+
+bool HasControlCharacter(const std::string& text) {
+  return std::ranges::any_of(text, [](char c) { return static_cast<unsigned char>(c) < ' '; });
 }
 
 void FinishHeaders(const Texts& texts, HttpHeaders& headers) {
@@ -104,15 +151,47 @@ void FinishHeaders(const Texts& texts, HttpHeaders& headers) {
   }
   for (const std::string& header : texts.headers) {
     headers.push_back(KeyAndValue("--header", header, '='));
-    const auto bad = [](char c) { return static_cast<unsigned char>(c) < ' '; };
-    if (std::ranges::any_of(header, bad)) throw CLI::ValidationError("--header", "has a control character");
+    if (HasControlCharacter(header)) throw CLI::ValidationError("--header", "has a control character");
   }
+}
+
+void FinishRampUp(const Texts& texts, ArrivalOptions& arrival) {
+  const bool has_rate = texts.ramp_up_start_rps || texts.ramp_up_end_rps;
+  if (texts.ramp_up_strategy.empty()) {
+    if (has_rate) throw CLI::ValidationError("--ramp-up-strategy", "is missing beside the rates of a ramp");
+    return;
+  }
+  if (!std::isinf(arrival.request_rate)) throw CLI::ValidationError("--request-rate", "not with --ramp-up-strategy");
+  if (!texts.ramp_up_start_rps || !texts.ramp_up_end_rps) {
+    throw CLI::ValidationError("--ramp-up-strategy", "needs --ramp-up-start-rps and --ramp-up-end-rps");
+  }
+  const RampUp ramp_up = {.exponential = texts.ramp_up_strategy == "exponential",
+                          .start_rps = *texts.ramp_up_start_rps,
+                          .end_rps = *texts.ramp_up_end_rps};
+  if (ramp_up.start_rps > ramp_up.end_rps) {
+    throw CLI::ValidationError("--ramp-up-start-rps", "is more than --ramp-up-end-rps");
+  }
+  arrival.ramp_up = ramp_up;
+}
+
+// As vLLM's "bench-" and eight hexadecimal digits.
+std::string RandomPrefix() {
+  std::random_device random;
+  char text[32];
+  std::snprintf(text, sizeof(text), "bench-%08x-", static_cast<unsigned>(random()));
+  return text;
 }
 
 void FinishFlags(const Texts& texts, ServeFlags& flags) {
   if (!(flags.arrival.request_rate > 0)) throw CLI::ValidationError("--request-rate", "must be more than 0, or inf");
   if (!(flags.arrival.burstiness > 0)) throw CLI::ValidationError("--burstiness", "must be more than 0");
+  FinishRampUp(texts, flags.arrival);
   flags.arrival.seed = flags.dataset.seed;
+  flags.tls_check = texts.insecure ? TlsCheck::kNone : TlsCheck::kCertificate;
+  if (texts.app->count("--request-id-prefix") == 0) flags.request_id_prefix = RandomPrefix();
+  if (HasControlCharacter(flags.request_id_prefix)) {
+    throw CLI::ValidationError("--request-id-prefix", "has a control character");
+  }
   if (texts.input_len) flags.dataset.random.input = *texts.input_len;
   flags.dataset.output_tokens = texts.output_len;
   if (texts.output_len && flags.dataset.name == "random") {
@@ -123,23 +202,34 @@ void FinishFlags(const Texts& texts, ServeFlags& flags) {
   if (custom) flags.dataset.output_tokens = texts.custom_output_len;
   flags.dataset.oversample = !texts.no_oversample;
   flags.dataset.shuffle = !texts.disable_shuffle;
-  FinishStats(texts, flags.stats);
   FinishBody(texts, flags);
+  FinishStats(texts, flags.stats);
   FinishHeaders(texts, flags.headers);
   flags.metadata.clear();
   for (const std::string& item : texts.metadata) flags.metadata.push_back(KeyAndValue("--metadata", item, '='));
+  if (flags.save_result || flags.append_result) return;
+  for (const char* flag : {"--save-detailed", "--result-dir", "--result-filename", "--label", "--metadata"}) {
+    if (texts.app->count(flag) > 0) flags.ignored.emplace_back(flag);
+  }
 }
 
 void AddTarget(CLI::App& app, ServeFlags& flags, Texts& texts) {
-  app.add_option("--backend", flags.backend, "openai: /v1/completions with plain text; openai-chat: messages")
-      ->check(CLI::IsMember({"openai", "openai-chat"}))
+  SetGroup(app, "Server");
+  app.add_option("--backend", flags.backend,
+                 "openai, vllm: /v1/completions with plain text; openai-chat: messages; openai-embeddings: the text")
+      ->check(CLI::IsMember({"openai", "vllm", "openai-chat", "openai-embeddings"}).description(""))
+      ->type_name("openai|vllm|openai-chat|openai-embeddings")
       ->capture_default_str();
-  app.add_option("--base-url", flags.base_url, "in place of host and port")->type_name("http://HOST:PORT");
+  app.add_option("--base-url", flags.base_url, "in place of host and port; http or https")
+      ->type_name("http://HOST:PORT");
+  app.add_flag("--insecure", texts.insecure, "https: take any certificate, not only those that the system trusts");
   app.add_option("--host", flags.host)->capture_default_str();
   app.add_option("--port", flags.port)->check(CLI::Range(1, 65535))->capture_default_str();
   app.add_option("--endpoint", flags.endpoint, "default by backend")->type_name("PATH");
   app.add_option("--header", texts.headers, "further headers of each request; OPENAI_API_KEY is sent as the bearer")
       ->type_name("KEY=VALUE");
+  app.add_option("--request-id-prefix", flags.request_id_prefix, "of the X-Request-Id of each request")
+      ->default_str("bench-, 8 random digits, -");
   app.add_option("--model", flags.body.model, "model to ask for (default: the server's first)");
   app.add_option("--served-model-name", texts.served_model_name, "the same, as the server calls it");
   app.add_option("--ready-check-timeout-sec", flags.ready_check_timeout_s, "wait so long until the server is ready")
@@ -155,8 +245,12 @@ void AddDataset(CLI::App& app, ServeFlags& flags, Texts& texts) {
   const auto number = [&app](const char* flag, auto& value, int least, int most, const char* help) {
     return app.add_option(flag, value, help)->check(CLI::Range(least, most))->type_name("N");
   };
+  SetGroup(app, "Requests");
+  std::string names;
+  for (const std::string& name : DatasetNames()) names += (names.empty() ? "" : "|") + name;
   app.add_option("--dataset-name", dataset.name, "what is asked")
-      ->check(CLI::IsMember(DatasetNames()))
+      ->check(CLI::IsMember(DatasetNames()).description(""))
+      ->type_name(names)
       ->capture_default_str();
   app.add_option("--dataset-path,--docs", dataset.path,
                  "custom: rows with prompt or messages; rag-pool and the like: real documents, as for `eval`")
@@ -187,11 +281,21 @@ void AddDataset(CLI::App& app, ServeFlags& flags, Texts& texts) {
 }
 
 void AddLoad(CLI::App& app, ServeFlags& flags, Texts& texts) {
+  SetGroup(app, "Load");
   app.add_option("--request-rate", flags.arrival.request_rate, "requests a second; inf: all at once")
       ->capture_default_str();
   app.add_option("--burstiness", flags.arrival.burstiness,
-                 "shape of the gamma distributed gaps; 1: Poisson, less: bursts, more: even")
+                 "shape of the gamma distributed gaps; 1: Poisson, less: bursts, more: even, inf: equal")
       ->capture_default_str();
+  app.add_option("--ramp-up-strategy", texts.ramp_up_strategy, "in place of a rate: one that rises over the requests")
+      ->check(CLI::IsMember({"linear", "exponential"}).description(""))
+      ->type_name("linear|exponential");
+  app.add_option("--ramp-up-start-rps", texts.ramp_up_start_rps, "requests a second at the first request")
+      ->check(CLI::Range(1e-6, 1e6))
+      ->type_name("N");
+  app.add_option("--ramp-up-end-rps", texts.ramp_up_end_rps, "at the last one")
+      ->check(CLI::Range(1e-6, 1e6))
+      ->type_name("N");
   app.add_option("--max-concurrency", flags.max_concurrency, "requests under way at once (default: no limit)")
       ->check(CLI::Range(1, 1 << 16))
       ->type_name("N");
@@ -202,16 +306,19 @@ void AddLoad(CLI::App& app, ServeFlags& flags, Texts& texts) {
   app.add_flag("--ignore-eos", flags.body.ignore_eos, "ask for the whole output length; always so with random");
   for (const char* name : {"temperature", "top-p", "top-k", "min-p", "frequency-penalty", "presence-penalty",
                            "repetition-penalty", "logprobs"}) {
-    texts.sampling.emplace_back(name, std::make_shared<double>(0));
-    app.add_option(std::string("--") + name, *texts.sampling.back().second, "sent with each request when given");
+    texts.sampling.emplace_back(std::string("--") + name, std::make_shared<double>(0));
+    app.add_option(texts.sampling.back().first, *texts.sampling.back().second, "sent with each request when given")
+        ->type_name("N");
   }
   app.add_option("--extra-body", texts.extra_body, "further fields of each request")->type_name("JSON");
 }
 
 void AddReport(CLI::App& app, ServeFlags& flags, Texts& texts) {
+  SetGroup(app, "Result");
   app.add_option("--percentile-metrics", texts.percentile_metrics,
                  "of ttft, tpot, itl, e2el, client_queue_time, e2el_including_client_queue")
-      ->capture_default_str();
+      ->type_name("NAME,NAME,...")
+      ->default_str("ttft,tpot,itl; e2el for embeddings");
   app.add_option("--metric-percentiles", texts.metric_percentiles)->type_name("P,P,...")->capture_default_str();
   app.add_option("--goodput", texts.goodput, "what makes a request good: ttft, tpot, e2el, each with milliseconds")
       ->type_name("METRIC:MS");
@@ -234,6 +341,7 @@ void AddServeFlags(CLI::App& app, ServeFlags& flags) {
   AddDataset(app, flags, *texts);
   AddLoad(app, flags, *texts);
   AddReport(app, flags, *texts);
+  PutHelpLast(app);
   app.parse_complete_callback([texts, &flags] { FinishFlags(*texts, flags); });
 }
 

@@ -16,12 +16,14 @@
 namespace jointkv::cli {
 
 struct ServeFlags {
-  std::string backend = "openai";  // openai: completions; openai-chat
-  std::string base_url;            // in place of host and port
+  std::string backend = "openai";
+  std::string base_url;  // in place of host and port
+  TlsCheck tls_check = TlsCheck::kCertificate;
   std::string host = "127.0.0.1";
   int port = 8000;
   std::string endpoint;
   HttpHeaders headers;
+  std::string request_id_prefix;
   int ready_check_timeout_s = 0;
   double request_timeout_s = 6 * 3600;
 
@@ -40,6 +42,7 @@ struct ServeFlags {
   bool append_result = false;
   std::string result_dir;
   std::string result_filename;
+  std::vector<std::string> ignored;  // options given that do nothing without --save-result
 };
 
 // `flags` must outlive the parse. Takes the command's parse_complete_callback.

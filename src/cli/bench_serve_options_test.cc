@@ -45,7 +45,7 @@ TEST(ServeFlagsTest, TakesWhatVllmTakes) {
       "--metric-percentiles 50,99.9 --temperature 0.5 --top-k 7 --extra-body {\"kv_fusion\":\"off\"} "
       "--metadata a=b c=d=e --header X-One=1 --custom-output-len 77 --label x");
   EXPECT_EQ(flags.endpoint, "/v1/chat/completions");
-  EXPECT_TRUE(flags.body.chat);
+  EXPECT_EQ(flags.body.api, ServeApi::kChat);
   EXPECT_FALSE(flags.body.ignore_eos);
   EXPECT_EQ(flags.arrival.seed, 3);
   EXPECT_EQ(flags.dataset.output_tokens, 77);
@@ -57,6 +57,37 @@ TEST(ServeFlagsTest, TakesWhatVllmTakes) {
   ASSERT_EQ(flags.metadata.size(), 2);
   EXPECT_EQ(flags.metadata[1].second, "d=e");
   EXPECT_EQ(flags.headers.back(), (std::pair<std::string, std::string>("X-One", "1")));
+}
+
+TEST(ServeFlagsTest, Backends) {
+  EXPECT_EQ(Parse("--backend vllm").endpoint, "/v1/completions");
+  EXPECT_EQ(Parse("--backend vllm").body.api, ServeApi::kCompletions);
+  EXPECT_EQ(Parse("--backend openai-chat --endpoint /x/chat/completions").endpoint, "/x/chat/completions");
+  const ServeFlags embeddings = Parse("--backend openai-embeddings");
+  EXPECT_EQ(embeddings.endpoint, "/v1/embeddings");
+  EXPECT_EQ(embeddings.body.api, ServeApi::kEmbeddings);
+  EXPECT_FALSE(embeddings.body.ignore_eos);
+  EXPECT_EQ(embeddings.stats.metrics, std::vector<std::string>{"e2el"});
+  EXPECT_EQ(Parse("").tls_check, TlsCheck::kCertificate);
+  EXPECT_EQ(Parse("--insecure").tls_check, TlsCheck::kNone);
+}
+
+TEST(ServeFlagsTest, LogprobsAreWhatTheEndpointCallsThem) {
+  EXPECT_EQ(Parse("--logprobs 3").body.extra.dump(), R"({"logprobs":3})");
+  EXPECT_EQ(Parse("--logprobs 3 --backend openai-chat").body.extra.dump(), R"({"logprobs":true,"top_logprobs":3})");
+}
+
+TEST(ServeFlagsTest, RequestIds) {
+  const std::string usual = Parse("").request_id_prefix;
+  EXPECT_EQ(usual.size(), 15) << usual;
+  EXPECT_TRUE(usual.starts_with("bench-") && usual.ends_with('-')) << usual;
+  EXPECT_EQ(Parse("--request-id-prefix run").request_id_prefix, "run");
+}
+
+TEST(ServeFlagsTest, NamesWhatDoesNothingWithoutAResult) {
+  EXPECT_EQ(Parse("--result-filename r.json --metadata a=b").ignored,
+            (std::vector<std::string>{"--result-filename", "--metadata"}));
+  EXPECT_TRUE(Parse("--result-filename r.json --append-result").ignored.empty());
 }
 
 TEST(ServeFlagsTest, OutputLengths) {
@@ -91,6 +122,21 @@ TEST(ServeFlagsTest, RefusesWhatMakesNoSense) {
                            "--endpoint v1",
                            "--port 0",
                            "--random-range-ratio 2",
+                           "--backend openai-audio",
+                           "--backend openai-embeddings --percentile-metrics ttft",
+                           "--backend openai-embeddings --goodput e2el:3",
+                           "--backend openai-embeddings --ignore-eos",
+                           "--backend openai-embeddings --temperature 0",
+                           "--request-id-prefix \"a\rb\"",
+                           "--top-k 2.5",
+                           "--logprobs nan",
+                           "--ramp-up-strategy linear",
+                           "--ramp-up-strategy sudden --ramp-up-start-rps 1 --ramp-up-end-rps 2",
+                           "--ramp-up-strategy linear --ramp-up-start-rps 1",
+                           "--ramp-up-strategy linear --ramp-up-start-rps 3 --ramp-up-end-rps 2",
+                           "--ramp-up-strategy linear --ramp-up-start-rps 0 --ramp-up-end-rps 2",
+                           "--ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 2 --request-rate 1",
+                           "--ramp-up-start-rps 1 --ramp-up-end-rps 2",
                            "--no-such-option"}) {
     EXPECT_THROW(Parse(line), CLI::ParseError) << line;
   }
@@ -114,6 +160,26 @@ TEST(ServeResultTest, SaysWhatWasRun) {
   flags.result_filename = "r.json";
   EXPECT_EQ(ServeResultPath(flags, "D"), "out/r.json");
   EXPECT_EQ(ServeResultJson(flags, "D", nlohmann::ordered_json::object())["request_rate"], 2.5);
+}
+
+TEST(ServeResultTest, SaysHowTheRateRose) {
+  const ServeFlags flags =
+      Parse("--model m --ramp-up-strategy exponential --ramp-up-start-rps 0.5 --ramp-up-end-rps 8 --burstiness inf");
+  EXPECT_EQ(ServeResultPath(flags, "D"), "openai-ramp-up-exponential-0.5qps-8qps-m-D.json");
+  const auto json = ServeResultJson(flags, "D", nlohmann::ordered_json::object());
+  EXPECT_EQ(json["request_rate"], "inf");
+  EXPECT_EQ(json["burstiness"], "inf");
+  EXPECT_EQ(json["ramp_up_strategy"], "exponential");
+  EXPECT_EQ(json["ramp_up_start_rps"].dump(), "0.5");
+  EXPECT_EQ(json["ramp_up_end_rps"].dump(), "8");
+
+  const std::chrono::system_clock::time_point start(std::chrono::seconds(1'000'000'000));
+  const auto changes = RateChangesJson({{0.5, 0}, {1, 1.25}}, start);
+  EXPECT_EQ(changes[0]["rps"].dump(), "0.5");
+  EXPECT_EQ(changes[1]["rps"].dump(), "1");
+  const std::string then = changes[1]["timestamp"];
+  EXPECT_EQ(then.size(), 26) << then;
+  EXPECT_TRUE(then.ends_with(":41.250000")) << then;  // of the minute; the hour is the place's
 }
 
 TEST(FirstModelIdTest, TakesTheFirstOrNothing) {

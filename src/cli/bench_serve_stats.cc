@@ -91,22 +91,23 @@ std::string PercentileName(double percentile) {
   return percentile == std::floor(percentile) ? fmt::format("{:.0f}", percentile) : fmt::format("{}", percentile);
 }
 
-void AddDetails(const std::vector<RequestOutcome>& outcomes, Json& json) {
-  for (const char* key : {"input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times",
-                          "generated_texts", "errors"}) {
+// An entry for each request. vLLM writes latencies and queue times without --save-detailed too.
+void AddRequests(const std::vector<RequestOutcome>& outcomes, const ServeStatsOptions& options, Json& json) {
+  const auto add = [&](const char* key, bool wanted, const auto& value_of) {
+    if (!wanted) return;
     json[key] = Json::array();
-  }
-  for (const RequestOutcome& outcome : outcomes) {
-    json["input_lens"].push_back(outcome.prompt_tokens);
-    json["output_lens"].push_back(outcome.success ? outcome.output_tokens : 0);
-    json["ttfts"].push_back(outcome.ttft_s);
-    json["itls"].push_back(outcome.itl_s);
-    json["latencies"].push_back(outcome.latency_s);
-    json["start_times"].push_back(outcome.start_s);
-    json["queue_times"].push_back(outcome.start_s - outcome.arrival_s);
-    json["generated_texts"].push_back(outcome.text);
-    json["errors"].push_back(outcome.error);
-  }
+    for (const RequestOutcome& outcome : outcomes) json[key].push_back(value_of(outcome));
+  };
+  const bool outputs = options.detailed && !options.embeddings;
+  add("input_lens", options.detailed, [](const RequestOutcome& o) { return o.prompt_tokens; });
+  add("output_lens", outputs, [](const RequestOutcome& o) { return o.success ? o.output_tokens : 0; });
+  add("ttfts", outputs, [](const RequestOutcome& o) { return o.ttft_s; });
+  add("itls", outputs, [](const RequestOutcome& o) { return o.itl_s; });
+  add("latencies", true, [](const RequestOutcome& o) { return o.latency_s; });
+  add("start_times", options.detailed, [](const RequestOutcome& o) { return o.start_s; });
+  add("queue_times", true, [](const RequestOutcome& o) { return o.start_s - o.arrival_s; });
+  add("generated_texts", outputs, [](const RequestOutcome& o) { return o.text; });
+  add("errors", options.detailed, [](const RequestOutcome& o) { return o.error; });
 }
 
 std::string Row(const std::string& name, double value) { return fmt::format("{:<40} {:<10.2f}\n", name, value); }
@@ -164,16 +165,25 @@ nlohmann::ordered_json ToJson(const ServeStats& stats, const std::vector<Request
   Json json = {{"duration", stats.duration_s},
                {"completed", stats.completed},
                {"failed", stats.failed},
-               {"total_input_tokens", stats.input_tokens},
-               {"total_cached_tokens", stats.cached_tokens},
-               {"total_output_tokens", stats.output_tokens},
-               {"request_throughput", rate(stats.completed)},
-               {"request_goodput", options.goals.empty() ? Json() : Json(rate(stats.good))},
-               {"output_throughput", rate(stats.output_tokens)},
-               {"total_token_throughput", rate(stats.input_tokens + stats.output_tokens)}};
-  if (options.detailed) AddDetails(outcomes, json);
-  json["max_output_tokens_per_s"] = stats.output_tokens_per_s_max;
-  json["max_concurrent_requests"] = stats.concurrent_max;
+               {"total_input_tokens", stats.input_tokens}};
+  if (options.embeddings) {
+    json["total_input_sequences"] = stats.completed;
+    json["request_throughput"] = rate(stats.completed);
+    json["input_sequence_throughput"] = rate(stats.completed);
+  } else {
+    json["total_cached_tokens"] = stats.cached_tokens;
+    json["total_output_tokens"] = stats.output_tokens;
+    json["request_throughput"] = rate(stats.completed);
+    json["request_goodput"] = options.goals.empty() ? Json() : Json(rate(stats.good));
+    json["output_throughput"] = rate(stats.output_tokens);
+  }
+  json["total_token_throughput"] = rate(stats.input_tokens + stats.output_tokens);
+  AddRequests(outcomes, options, json);
+  if (!options.embeddings) {
+    json["max_output_tokens_per_s"] = stats.output_tokens_per_s_max;
+    json["max_concurrent_requests"] = stats.concurrent_max;
+    json["rtfx"] = 0.0;  // of seconds of audio
+  }
   for (const std::string& metric : options.metrics) {
     const std::vector<double>& values = stats.Values(metric);
     json["mean_" + metric + "_ms"] = Mean(values);
@@ -198,12 +208,16 @@ std::string ToTable(const ServeStats& stats, const ServeStatsOptions& options, c
   table += Row("Benchmark duration (s):", stats.duration_s);
   table += Row("Total input tokens:", stats.input_tokens);
   if (stats.cached_tokens > 0) table += Row("Input tokens from the prefix cache:", stats.cached_tokens);
-  table += Row("Total generated tokens:", stats.output_tokens);
+  if (!options.embeddings) table += Row("Total generated tokens:", stats.output_tokens);
   table += Row("Request throughput (req/s):", rate(stats.completed));
   if (!options.goals.empty()) table += Row("Request goodput (req/s):", rate(stats.good));
-  table += Row("Output token throughput (tok/s):", rate(stats.output_tokens));
-  table += Row("Peak output token throughput (tok/s):", stats.output_tokens_per_s_max);
-  table += Row("Peak concurrent requests:", static_cast<double>(stats.concurrent_max));
+  if (options.embeddings) {
+    table += Row("Input throughput (inputs/s):", rate(stats.completed));
+  } else {
+    table += Row("Output token throughput (tok/s):", rate(stats.output_tokens));
+    table += Row("Peak output token throughput (tok/s):", stats.output_tokens_per_s_max);
+    table += Row("Peak concurrent requests:", static_cast<double>(stats.concurrent_max));
+  }
   table += Row("Total token throughput (tok/s):", rate(stats.input_tokens + stats.output_tokens));
   for (const std::string& name : options.metrics) {
     const ServeMetric* metric = FindServeMetric(name);

@@ -31,6 +31,7 @@ struct ServeStatsOptions {
   std::vector<double> percentiles = {99};
   std::vector<ServeGoal> goals;  // of a good request; none: no goodput
   bool detailed = false;
+  bool embeddings = false;  // no output is counted
 };
 
 struct ServeStats {

@@ -68,6 +68,9 @@ TEST(ServeStatsTest, IsWhatAHandCalculationGives) {
   // Texts at 0.2, 0.3, 0.4; 0.4, 0.6, 1.0; 1.6: five in the first second.
   EXPECT_DOUBLE_EQ(json["max_output_tokens_per_s"], 5);
   EXPECT_EQ(json["max_concurrent_requests"], 2);
+  EXPECT_EQ(json["rtfx"], 0.0);
+  EXPECT_EQ(json["latencies"].size(), 4);
+  EXPECT_EQ(json["queue_times"].size(), 4);
 }
 
 TEST(ServeStatsTest, GoodRequestsMeetEveryGoal) {
@@ -96,6 +99,22 @@ TEST(ServeStatsTest, DetailsListEveryRequest) {
   EXPECT_EQ(json["queue_times"], nlohmann::ordered_json::parse("[0.0, 0.0, 1.0, 0.0]"));
   EXPECT_EQ(json["errors"], nlohmann::ordered_json::parse(R"(["", "", "", "gone"])"));
   for (const char* key : {"ttfts", "latencies", "generated_texts"}) EXPECT_EQ(json[key].size(), 4) << key;
+}
+
+TEST(ServeStatsTest, EmbeddingsHaveNoOutput) {
+  ServeStatsOptions options = {.metrics = {"e2el"}, .detailed = true, .embeddings = true};
+  const std::vector<RequestOutcome> outcomes = Outcomes();
+  const ServeStats stats = ComputeServeStats(outcomes, 4, {});
+  const auto json = ToJson(stats, outcomes, options);
+  EXPECT_EQ(json["total_input_sequences"], 3);
+  EXPECT_DOUBLE_EQ(json["input_sequence_throughput"], 0.75);
+  for (const char* key : {"output_throughput", "total_output_tokens", "ttfts", "output_lens", "rtfx"}) {
+    EXPECT_FALSE(json.contains(key)) << key;
+  }
+  EXPECT_EQ(json["input_lens"].size(), 4);
+  const std::string table = ToTable(stats, options, {});
+  EXPECT_NE(table.find("Input throughput (inputs/s):             0.75"), std::string::npos) << table;
+  EXPECT_EQ(table.find("generated"), std::string::npos);
 }
 
 TEST(ServeStatsTest, NothingDoneIsAllZeros) {

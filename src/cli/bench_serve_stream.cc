@@ -149,6 +149,17 @@ Status CompletionReader::Finish(RequestOutcome& outcome) {
   return Status::Ok();
 }
 
+Status ReadEmbeddings(std::string_view body, RequestOutcome& outcome) {
+  RETURN_IF_ERROR(text::CheckJsonDepth(body, "answer"));
+  const Json answer = Json::parse(body, nullptr, false);
+  const Json* data = Find(answer, "data");
+  if (data == nullptr || !data->is_array() || data->empty()) {
+    return {StatusCode::kInvalidArgument, "the answer has no embeddings: " + Shown(body)};
+  }
+  if (const Json* usage = Find(answer, "usage")) outcome.prompt_tokens = CountOf(Find(*usage, "prompt_tokens"));
+  return Status::Ok();
+}
+
 std::string ErrorMessage(int http_status, std::string_view body) {
   std::string message = "HTTP " + std::to_string(http_status);
   const Json json = text::CheckJsonDepth(body, "answer").ok() ? Json::parse(body, nullptr, false) : Json();

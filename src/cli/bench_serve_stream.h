@@ -63,6 +63,9 @@ class CompletionReader {
   RequestOutcome outcome_;
 };
 
+// The tokens of an answer with embeddings, which is not streamed. Says what makes it unusable.
+Status ReadEmbeddings(std::string_view body, RequestOutcome& outcome);
+
 // The message of an error answer: its error.message where it has that form, otherwise the start of the body.
 std::string ErrorMessage(int http_status, std::string_view body);
 

@@ -17,6 +17,8 @@ import time
 import unittest
 import xml.etree.ElementTree
 
+from fake_openai import FakeServer
+
 TIMEOUT_S = 300
 SKIPPED = 77
 KV = ["--kv-bytes", "256M"]
@@ -371,6 +373,122 @@ class Eval(Case):
                                   "--kv-fusion", policy)
 
 
+class BenchServe(Case):
+    def bench(self, server, *arguments, scheme="http", host="127.0.0.1", env=None):
+        return run("bench", "serve", "--base-url", f"{scheme}://{host}:{server.port}", "--dataset-name", "rag-pool",
+                   "--save-result", "--result-filename", self.scratch / "r.json", *arguments, env=env)
+
+    def result(self, done):
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads((self.scratch / "r.json").read_text())
+
+    def test_fields_are_those_of_vllm(self):
+        with FakeServer() as server:
+            told = self.result(self.bench(server, "--num-prompts", 6, "--backend", "vllm", "--request-id-prefix", "x-",
+                                          "--header", "A=b", "--percentile-metrics", "ttft,e2el", "--save-detailed",
+                                          "--goodput", "e2el:60000", "--num-warmups", 1))
+        self.assertEqual(list(told), [
+            "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "dataset_name", "num_prompts",
+            "request_rate", "burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens",
+            "total_cached_tokens", "total_output_tokens", "request_throughput", "request_goodput", "output_throughput",
+            "total_token_throughput", "input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times",
+            "queue_times", "generated_texts", "errors", "max_output_tokens_per_s", "max_concurrent_requests", "rtfx",
+            "mean_ttft_ms", "median_ttft_ms", "std_ttft_ms", "p99_ttft_ms",
+            "mean_e2el_ms", "median_e2el_ms", "std_e2el_ms", "p99_e2el_ms"])
+        self.assertEqual((told["backend"], told["model_id"], told["rtfx"]), ("vllm", "fake", 0))
+        self.assertEqual((told["total_input_tokens"], told["total_output_tokens"]), (30, 24))
+        self.assertEqual(told["generated_texts"], ["aaaa"] * 6)
+        self.assertEqual({path for path, _, _ in server.requests}, {"/v1/completions"})
+        self.assertEqual(sorted(headers.get("X-Request-Id", "") for _, headers, _ in server.requests),
+                         [""] + [f"x-{i}" for i in range(6)])
+        self.assertEqual({headers["A"] for _, headers, _ in server.requests}, {"b"})
+
+    def test_embeddings(self):
+        with FakeServer() as server:
+            told = self.result(self.bench(server, "--num-prompts", 4, "--backend", "openai-embeddings"))
+        self.assertEqual([(path, list(body)) for path, _, body in server.requests],
+                         [("/v1/embeddings", ["model", "input"])] * 4)
+        self.assertEqual((told["completed"], told["total_input_tokens"], told["total_input_sequences"]), (4, 12, 4))
+        self.assertIn("mean_e2el_ms", told)
+        self.assertNotIn("mean_ttft_ms", told)
+
+    def test_ramp_up(self):
+        with FakeServer() as server:
+            told = self.result(self.bench(server, "--num-prompts", 12, "--ramp-up-strategy", "linear", "--burstiness",
+                                          "inf", "--ramp-up-start-rps", 10, "--ramp-up-end-rps", 20, "--save-detailed"))
+        self.assertEqual((told["ramp_up_strategy"], told["ramp_up_start_rps"], told["ramp_up_end_rps"]),
+                         ("linear", 10, 20))
+        self.assertEqual([event["rps"] for event in told["rps_change_events"]], list(range(10, 21)))
+        starts = told["start_times"]
+        self.assertGreater(starts[0], 0.09)
+        self.assertGreater(starts[1] - starts[0], starts[11] - starts[10] - 0.02)
+        self.assertAlmostEqual(starts[11], sum(1 / (10 + i * 10 / 11) for i in range(12)), delta=0.5)
+
+    def certificate(self, name):
+        folder = self.scratch / name
+        folder.mkdir()
+        made = subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+                               "-nodes", "-keyout", folder / "key.pem", "-out", folder / "cert.pem", "-days", "2",
+                               "-subj", "/CN=test", "-addext", f"subjectAltName={name}"], capture_output=True)
+        if made.returncode != 0:
+            self.skipTest("no openssl program")
+        return folder
+
+    def test_https(self):
+        for name, host in (("DNS:localhost", "localhost"), ("IP:127.0.0.1", "127.0.0.1")):
+            folder = self.certificate(name)
+            other = {"localhost": "127.0.0.1", "127.0.0.1": "localhost"}[host]
+            trust = {"SSL_CERT_FILE": str(folder / "cert.pem")}
+            with FakeServer(folder) as server:
+                bench = ["--num-prompts", 8, "--max-concurrency", 2]
+                told = self.result(self.bench(server, *bench, scheme="https", host=host, env=trust))
+                self.assertEqual(told["completed"], 8)
+                self.assertEqual(server.requests[0][1]["Host"], f"{host}:{server.port}")
+                for arguments, message in [({"host": host}, "self-signed certificate"),
+                                           ({"host": other, "env": trust}, "mismatch")]:
+                    done = self.bench(server, *bench, scheme="https", **arguments)
+                    self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
+                    self.assertIn("the certificate is refused: ", done.stderr)
+                    self.assertIn(message, done.stderr)
+                self.assertEqual(self.result(self.bench(server, *bench, "--insecure", scheme="https", host=other))
+                                 ["completed"], 8)
+                done = self.bench(server, *bench)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+
+    def test_interrupt(self):
+        with FakeServer(pause_s=0.05) as server:
+            child = subprocess.Popen([PROGRAM, "bench", "serve", "--port", str(server.port), "--dataset-name", "unique",
+                                      "--num-prompts", "400", "--max-concurrency", "2", "--save-result",
+                                      "--result-filename", self.scratch / "r.json"],
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+            with child:
+                self.addCleanup(child.kill)
+                deadline = time.monotonic() + 60
+                while len(server.requests) < 5 and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                child.send_signal(signal.SIGINT)
+                output, errors = child.communicate(timeout=60)
+        self.assertEqual(child.returncode, 130, errors)
+        self.assertIn("Successful requests:", output)
+        told = json.loads((self.scratch / "r.json").read_text())
+        self.assertTrue(told["interrupted"])
+        self.assertTrue(0 < told["completed"] < 400)
+
+    def test_usage_errors(self):
+        serve = ["bench", "serve", "--dataset-name", "rag-pool"]
+        self.assert_usage("--backend", *serve, "--backend", "openai-audio")
+        self.assert_usage("--request-rate: not with --ramp-up", *serve, "--request-rate", 1, "--ramp-up-strategy", "linear")
+        self.assert_usage("expected http", *serve, "--base-url", "localhost:80")
+        self.assert_usage("there is no directory", *serve, "--save-result", "--result-filename", "/nonexistent/r.json")
+        rows = self.write_rows([{"prompt": "a"}])
+        self.assert_usage("is the file of --dataset-path", "bench", "serve", "--dataset-name", "custom",
+                          "--dataset-path", rows, "--append-result", "--result-filename", rows)
+        self.assert_usage("is the file of --dataset-path", "bench", "serve", "--dataset-name", "custom",
+                          "--dataset-path", rows, "--save-dataset", rows)
+        self.assert_usage("/nonexistent.jsonl", "bench", "serve", "--dataset-name", "custom", "--dataset-path",
+                          "/nonexistent.jsonl")
+
+
 class Others(Case):
     def test_version(self):
         done = run("--version")
@@ -383,7 +501,7 @@ class Others(Case):
 
     def test_help(self):
         for command in (["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"],
-                        ["bench", "engine", "--help"],
+                        ["bench", "engine", "--help"], ["bench", "serve", "--help"],
                         ["bench", "capacity", "--help"], ["demo", "--help"], ["eval", "--help"], ["analyze", "--help"]):
             done = run(*command)
             self.assertEqual((done.returncode, done.stderr), (0, ""), command)
