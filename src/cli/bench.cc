@@ -136,19 +136,21 @@ int RunBench(const BenchFlags& flags) {
     PrintRow(out, peaks, result, show_share);
     results.push_back(result);
   });
-  if (!status.ok()) {
-    Complain(status.message());
-    if (status.code() == StatusCode::kCancelled) return kExitInterrupted;
-    return status.code() == StatusCode::kOutOfRange ? kExitUsage : kExitFailed;
-  }
-  if (!flags.json_path.empty()) {
+  if (!status.ok()) Complain(status.message());
+  // What was measured before a Ctrl-C, or before a case that does not fit, counts.
+  if (!flags.json_path.empty() && !results.empty()) {
     const std::string json = ToJson(*engine, peaks, results).dump(2) + "\n";
     if (const Status written = WriteTextFile(flags.json_path, json); !written.ok()) {
       Complain("--json " + written.message());
       return kExitFailed;
     }
   }
-  return kExitOk;
+  switch (status.code()) {
+    case StatusCode::kOk: return kExitOk;
+    case StatusCode::kCancelled: return kExitInterrupted;
+    case StatusCode::kOutOfRange: return kExitUsage;
+    default: return kExitFailed;
+  }
 }
 
 }  // namespace

@@ -98,10 +98,10 @@ void AddSampling(const std::string& flag, double value, ServeFlags& flags) {
     flags.body.extra[field] = value;
     return;
   }
-  const auto whole = static_cast<int64_t>(value);
-  if (!(std::abs(value) <= 1e9) || static_cast<double>(whole) != value) {
+  if (!(std::abs(value) <= 1e9 && value == std::floor(value))) {
     throw CLI::ValidationError(flag, "is not a whole number");
   }
+  const auto whole = static_cast<int64_t>(value);
   if (field == "logprobs" && flags.body.api == ServeApi::kChat) {
     flags.body.extra["logprobs"] = true;
     flags.body.extra["top_logprobs"] = whole;

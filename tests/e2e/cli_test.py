@@ -560,6 +560,12 @@ class Others(Case):
         for result in results:
             self.assertTrue(0 < result["tok_s_min"] <= result["tok_s"] <= result["tok_s_max"])
 
+    def test_bench_keeps_what_it_measured(self):
+        done = run("bench", "engine", "--prompt-lengths", "32,100000", "--batches", 1, "--context", 16, "--repeat", 1,
+                   "--json", "-", *KV)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertEqual([result["context"] for result in json.loads(done.stdout)["results"]], [32])
+
     def test_demo(self):
         done = run("demo", "--requests", 2, "--documents", 2, "--pool", 3, "--output-tokens", 4, "--summary",
                    self.scratch / "summary.json", *KV)
