@@ -17,8 +17,9 @@ namespace {
 constexpr int kCandidatesMax = 8;    // representatives of one content that a block is tested against
 constexpr int kSimilarMax = 4;       // of other contents, the nearest by sketch
 constexpr double kStepShare = 0.98;  // of what a representative may move: rounding to its codec moves it a little more
-constexpr double kNear = 1.15;       // what is expected of a codec may be so far beyond the budget to be tried
-constexpr double kSketchSlack = 2;   // a squared distance is rarely estimated beyond this times itself
+constexpr double kStepWorthEncoding = 0.15;  // share of the limit that an encoded representative moves at least
+constexpr double kNear = 1.15;               // what is expected of a codec may be so far beyond the budget to be tried
+constexpr double kSketchSlack = 2;           // a squared distance is rarely estimated beyond this times itself
 
 Kind KindOf(int table) { return static_cast<Kind>(table % 2); }
 
@@ -285,7 +286,7 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
   const std::byte* mean = Values(table, decision.target, cap, scratch.candidate);
   double bound = std::max<double>(record.bound, distance);
   const double step = record.fixed ? 0 : std::min(distance / record.weight, kStepShare * (limit - record.bound));
-  if (step > 0) {
+  if (step > (record.codec == written_ ? 0 : kStepWorthEncoding * limit)) {
     const auto weight = static_cast<float>(step / distance);
     Blend(cache_.shape().layout, mean, 1 - weight, data, weight, cap, scratch.blend);
     const std::byte* stored = scratch.blend;
