@@ -150,6 +150,12 @@ void Api::Handle(HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
   }
 }
 
+void Api::Refuse(const HttpRequest& request, const ApiError& error, std::shared_ptr<ReplyChannel> channel) {
+  Exchange exchange(log_, request, RequestIdOf(request), std::move(channel));
+  AddCorsHeaders(request, exchange, false);
+  exchange.ReplyError(error);
+}
+
 void Api::Dispatch(HttpRequest& request, Exchange& exchange) {
   const bool preflight = request.method == "OPTIONS";
   AddCorsHeaders(request, exchange, preflight);
@@ -198,8 +204,9 @@ void Api::Dispatch(HttpRequest& request, Exchange& exchange) {
 
 void Api::AddCorsHeaders(const HttpRequest& request, Exchange& exchange, bool preflight) const {
   const bool any = std::ranges::find(options_.cors_origins, "*") != options_.cors_origins.end();
-  if (request.origin.empty() || options_.cors_origins.empty()) return;
+  if (options_.cors_origins.empty()) return;
   if (!any) {
+    if (request.origin.empty()) return;
     exchange.AddHeader("Vary", "Origin");
     if (std::ranges::find(options_.cors_origins, request.origin) == options_.cors_origins.end()) return;
   }

@@ -41,6 +41,8 @@ class Api {
   ~Api();
 
   void Handle(HttpRequest request, std::shared_ptr<ReplyChannel> channel);
+  // Answers a request that could not be read to its end, or not at all.
+  void Refuse(const HttpRequest& request, const ApiError& error, std::shared_ptr<ReplyChannel> channel);
 
   void OnReady() { state_ = State::kReady; }
   void OnDeliveries(std::vector<Delivery>&& deliveries) { generations_.OnDeliveries(std::move(deliveries)); }

@@ -20,7 +20,8 @@ namespace jointkv::server {
 class HttpServer {
  public:
   HttpServer(const ServerOptions& options, std::string server_name,
-             std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request);
+             std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request,
+             std::function<void(const HttpRequest&, const ApiError&, std::shared_ptr<ReplyChannel>)> on_refused);
   ~HttpServer();
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;
@@ -53,8 +54,8 @@ class HttpServer {
   void Tick();
 
   const ServerOptions& options_;
-  std::string server_name_;
   std::string address_;
+  bool bound_unix_socket_ = false;
   Connection::Callbacks callbacks_;
   std::function<void(double)> on_tick_;
   bool draining_ = false;

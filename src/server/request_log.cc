@@ -18,8 +18,9 @@ using Json = nlohmann::ordered_json;
 
 constexpr size_t kPathBytesMax = 200;
 
-// What a client sent, fit for a line of a log.
+// What a client sent, fit for a line of a log. Of a request that could not be read it may be nothing.
 std::string Printable(std::string_view text) {
+  if (text.empty()) return "-";
   std::string out;
   for (const char c : text.substr(0, kPathBytesMax)) out += c > ' ' && c < 0x7F && c != '"' ? c : '?';
   return out;

@@ -31,10 +31,14 @@ class Server {
         log_(options.log_format),
         metrics_(ModelName(options, engine_options)),
         tenants_(std::move(tenants)),
-        http_(options, "jointkv/" + options.version,
-              [this](HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
-                api_.Handle(std::move(request), std::move(channel));
-              }),
+        http_(
+            options, "jointkv/" + options.version,
+            [this](HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
+              api_.Handle(std::move(request), std::move(channel));
+            },
+            [this](const HttpRequest& request, const ApiError& error, std::shared_ptr<ReplyChannel> channel) {
+              api_.Refuse(request, error, std::move(channel));
+            }),
         engine_(engine_options, options.chat_template, options.shadow_rate, metrics_,
                 {[this](const Status& status) { http_.Post([this, status] { OnLoaded(status); }); },
                  [this](std::vector<Delivery>&& deliveries) {

@@ -98,6 +98,28 @@ class Leaving(unittest.TestCase):
             self.server.wait_until(lambda: self.server.use()["running"] == 1, "the request to run")
         self.server.wait_until(lambda: self.server.use()["running"] == 0, "the request to end")
 
+    def test_a_client_that_has_sent_more_is_seen_leaving(self):
+        def running(count):
+            return lambda: self.server.use()["running"] == count
+
+        ahead = request("POST", COMPLETION, b"x" * 60_000)  # less than a connection reads ahead
+        for abrupt in (False, True):
+            with self.server.connect() as client:
+                client.sendall(request("POST", COMPLETION, {**LONG, "stream": not abrupt}) + ahead)
+                self.server.wait_until(running(1), "the request to run")
+                if abrupt:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.server.wait_until(running(0), "the request to end")
+
+    def test_a_client_that_sends_far_ahead_is_cut(self):
+        with self.server.connect() as client:
+            client.sendall(request("POST", COMPLETION, {**LONG, "stream": True}))
+            self.server.wait_until(lambda: self.server.use()["running"] == 1, "the request to run")
+            with contextlib.suppress(ConnectionError):
+                client.sendall(request("POST", COMPLETION, b"x" * 400_000))
+            self.server.wait_until(lambda: self.server.use()["running"] == 0, "the client to be cut")
+        self.server.wait_until(lambda: any(" 499 " in line for line in self.server.lines), "its line in the log")
+
     def test_queued_requests_are_cancelled_too(self):
         with contextlib.ExitStack() as stack:
             for _ in range(80):  # more than run at once
