@@ -88,7 +88,11 @@ HttpServer::HttpServer(
 
 HttpServer::~HttpServer() {
   sockets_->helper.join();
-  if (!options_.unix_socket.empty() && !address_.empty()) unlink(options_.unix_socket.c_str());
+  RemoveSocketFile();
+}
+
+void HttpServer::RemoveSocketFile() {
+  if (std::exchange(bound_unix_socket_, false)) unlink(options_.unix_socket.c_str());
 }
 
 Status HttpServer::Listen() {
@@ -143,6 +147,7 @@ Status HttpServer::ListenUnix() {
   error = {};
   acceptor.open(endpoint.protocol(), error);
   if (!error) acceptor.bind(endpoint, error);
+  bound_unix_socket_ = !error;
   if (!error) acceptor.listen(kBacklog, error);
   if (error) return Failed(what, error);
   address_ = "unix:" + path;

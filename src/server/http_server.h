@@ -35,6 +35,9 @@ class HttpServer {
   void OnSignal(std::function<void(int signal)> callback);  // SIGINT and SIGTERM
   void OnTick(std::function<void(double now_s)> callback);  // several times a second
 
+  // Nothing that another server could trip over stays behind. The destructor does it too.
+  void RemoveSocketFile();
+
   void Run();   // until Stop
   void Stop();  // on the I/O thread
   void Post(std::function<void()> work);

@@ -84,14 +84,19 @@ class Server {
   }
 
   void OnSignal(int signal) {
-    if (drain_until_s_) std::_Exit(128 + signal);
+    if (drain_until_s_) ExitAtOnce(128 + signal);
     log_.Info("shutting down: " + std::to_string(http_.connections()) + " connections");
     // Loading cannot be interrupted, and nothing is open yet.
-    if (!loaded_) std::_Exit(EXIT_SUCCESS);
+    if (!loaded_) ExitAtOnce(EXIT_SUCCESS);
     drain_until_s_ = MonotonicSeconds() + options_.drain_timeout_s;
     api_.Drain();
     http_.Drain();
     OnTick(MonotonicSeconds());
+  }
+
+  [[noreturn]] void ExitAtOnce(int code) {
+    http_.RemoveSocketFile();
+    std::_Exit(code);
   }
 
   void OnTick(double now_s) {

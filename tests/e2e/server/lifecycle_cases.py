@@ -441,7 +441,38 @@ class Sockets(unittest.TestCase):
                 server.stop()
                 self.assertTrue(place.exists())
             server = Server(address=("--unix-socket", place))
+            done = subprocess.run([PROGRAM, "serve", "--unix-socket", str(place), *KV], capture_output=True, encoding="utf-8",
+                                  timeout=60 * SLOW)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("another server listens there", done.stderr)
+            self.assertTrue(place.exists())
             stop(server)
+            self.assertFalse(place.exists())
+
+    def test_no_socket_file_stays_behind(self):
+        with scratch() as path:
+            place = path / "server.sock"
+            (path / "file").write_text("x")
+            # The model does not load.
+            done = subprocess.run([PROGRAM, "serve", "--unix-socket", str(place), *KV, "-m", str(path / "file")],
+                                  capture_output=True, encoding="utf-8", timeout=60 * SLOW)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("listening on", done.stderr)
+            self.assertFalse(place.exists())
+            # A signal while it loads, or shortly after.
+            server = Server(address=("--unix-socket", place), ready=False)
+            self.assertTrue(place.exists())
+            stop(server)
+            self.assertFalse(place.exists())
+            # A second signal.
+            server = Server(address=("--unix-socket", place))
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(place))
+                client.sendall(request("POST", COMPLETION, {**LONG, "stream": True}))
+                self.assertTrue(client.recv(100))
+                server.process.send_signal(signal.SIGTERM)
+                server.wait_until(lambda: any("shutting down" in line for line in server.lines), "the drain")
+                self.assertEqual(server.stop(signal.SIGTERM), 128 + signal.SIGTERM)
             self.assertFalse(place.exists())
 
     def test_tls(self):
