@@ -298,10 +298,16 @@ void Api::Model(Context& context) {
   context.exchange.Reply(ModelJson());
 }
 
-void Api::ReplyWith(Context& context, std::function<std::string(const std::string& body)> work) {
+void Api::ReplyWith(Context& context, bool slow, std::function<std::string(const std::string& body)> work) {
   CheckJsonType(context.request);
   CheckReady();
-  if (context.request.body.size() <= kInlineBodyBytes) return context.exchange.Reply(work(context.request.body));
+  if (!slow && context.request.body.size() <= kInlineBodyBytes) {
+    context.exchange.Reply(work(context.request.body));
+    return;
+  }
+  Tenant& tenant = *context.caller.tenant;
+  Use use = tenants_.Preparing(tenant, context.request.body.size());
+  use.requests = 0;  // it will be no request of the engine's
   struct Large {
     Exchange exchange;
     HttpRequest request;  // with what it counts as held
@@ -311,7 +317,7 @@ void Api::ReplyWith(Context& context, std::function<std::string(const std::strin
   };
   const auto large = std::make_shared<Large>(Large{context.exchange, std::move(context.request), std::move(work)});
   RunBeside(
-      large->exchange,
+      large->exchange, tenant, use,
       [large](const std::atomic<bool>&) {
         large->error = ErrorOf([&] { large->answer = large->work(large->request.body); });
       },
@@ -324,8 +330,9 @@ void Api::ReplyWith(Context& context, std::function<std::string(const std::strin
       });
 }
 
-void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atomic<bool>& gone)> work,
-                    std::function<void()> then) {
+void Api::RunBeside(const Exchange& exchange, Tenant& tenant, const Use& use,
+                    std::function<void(const std::atomic<bool>& gone)> work, std::function<void()> then) {
+  if (const std::optional<ApiError> error = tenants_.Enter(tenant, use)) throw *error;
   struct Beside {
     Exchange exchange;
     std::function<void(const std::atomic<bool>&)> work;
@@ -335,10 +342,11 @@ void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atom
   const auto beside = std::shared_ptr<Beside>(new Beside{exchange, std::move(work), std::move(then)});
   ++in_background_;
   beside->exchange.channel().OnGone([beside] { beside->gone = true; });
-  executor_.in_background([this, beside] {
+  executor_.in_background([this, beside, &tenant, use] {
     if (!beside->gone) beside->work(beside->gone);
-    executor_.on_io_thread([this, beside] {
+    executor_.on_io_thread([this, beside, &tenant, use] {
       --in_background_;
+      tenants_.Leave(tenant, use);
       if (beside->gone) {
         beside->exchange.Gone();
       } else {
@@ -349,14 +357,16 @@ void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atom
 }
 
 void Api::Tokenize(Context& context) {
-  ReplyWith(context, [this](const std::string& text) {
+  const bool has_tools = context.request.body.find("\"tools\"") != std::string::npos;
+  ReplyWith(context, has_tools, [this](const std::string& text) {
     const Json body = ParseObject(text, options_.limits.json_depth_max);
     CheckModel(StringOr(body, "model", ""), options_.model_name);
     const ModelInfo& model = engine_.model();
     std::vector<TokenId> tokens;
     const Json* prompt = Find(body, "prompt");
     if (prompt == nullptr) {
-      tokens = EncodeMessages(Messages(body, options_.limits), model, BoolOr(body, "add_generation_prompt", true));
+      tokens = EncodeConversation(ParseConversation(body, options_.limits, text), model,
+                                  BoolOr(body, "add_generation_prompt", true));
     } else {
       tokens = Encode(String(*prompt, "prompt"), "prompt", model, BoolOr(body, "add_special_tokens", true));
     }
@@ -370,7 +380,7 @@ void Api::Tokenize(Context& context) {
 }
 
 void Api::Detokenize(Context& context) {
-  ReplyWith(context, [this](const std::string& text) {
+  ReplyWith(context, false, [this](const std::string& text) {
     const Json body = ParseObject(text, options_.limits.json_depth_max);
     CheckModel(StringOr(body, "model", ""), options_.model_name);
     const Json* value = Find(body, "tokens");
@@ -421,7 +431,8 @@ void Api::Generate(Context& context, Kind kind) {
                                              {},
                                              {},
                                              {}});
-  const bool is_short = job->body.size() <= kInlineBodyBytes;
+  const size_t body_bytes = job->body.size();
+  const bool is_short = body_bytes <= kInlineBodyBytes;
   if (is_short) job->Parse(options_);
   if (is_short && (job->error || !job->call.has_grammar())) {
     job->Prepare(engine_.model(), options_);
@@ -429,7 +440,7 @@ void Api::Generate(Context& context, Kind kind) {
     return;
   }
   RunBeside(
-      job->exchange,
+      job->exchange, *job->tenant, tenants_.Preparing(*job->tenant, body_bytes),
       [this, job, is_short](const std::atomic<bool>& gone) {
         if (!is_short) job->Parse(options_);
         if (!gone) job->Prepare(engine_.model(), options_);

@@ -223,6 +223,28 @@ class Crowds(unittest.TestCase):
         server.wait_until(lambda: server.raw(request("GET", "/health", headers=[("Connection", "close")]))[0][0] == 200,
                           "room")
 
+    def test_what_is_being_prepared_counts_as_queued(self):
+        server = Server("--max-queued-requests", 2, "--max-body-bytes", "4M")
+        self.addCleanup(stop, server)
+        # Takes long to read, and is too long for the context.
+        data = request("POST", COMPLETION, {"prompt": [5] * 1_000_000, "max_tokens": 1}, [("Connection", "close")])
+        self.assertEqual(server.raw(data)[0][0], 400)
+        got = []
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(server.connect()) for _ in range(12)]
+            for client in clients:
+                client.sendall(data[:-1])
+            time.sleep(0.5 * SLOW)
+            for client in clients:
+                client.sendall(data[-1:])
+            for client in clients:
+                (status, headers, body), = answers(client)
+                got.append((status, json.loads(body)["error"]["code"]))
+                self.assertEqual("retry-after" in headers, status == 503)
+        self.assertEqual(set(got), {(400, "context_length_exceeded"), (503, "overloaded")}, got)
+        self.assertGreaterEqual(got.count((400, "context_length_exceeded")), 1)
+        self.assertEqual(server.post(COMPLETION, {"prompt": "a", "max_tokens": 1})[0], 200)
+
     def test_the_queue_is_limited(self):
         server = Server("--max-queued-requests", 2, "--max-queued-tokens", 1000, "--max-running", 1)
         self.addCleanup(stop, server)
