@@ -42,8 +42,9 @@ void RequestLog::Write(const RequestLine& line) {
     std::string text = fmt::format("{} {} {} {} {} {:.1f} ms", line.id, line.tenant.empty() ? "-" : line.tenant,
                                    Printable(line.method), Printable(line.path), line.status, line.duration_s * 1000);
     if (line.generates) {
-      text += fmt::format(", prompt {} cached {} output {}, ttft {:.1f} ms, {}", line.prompt_tokens, line.cached_tokens,
-                          line.output_tokens, line.ttft_s * 1000, line.finish);
+      const std::string ttft = line.ttft_s > 0 ? fmt::format("ttft {:.1f} ms, ", line.ttft_s * 1000) : "";
+      text += fmt::format(", prompt {} cached {} output {}, {}{}", line.prompt_tokens, line.cached_tokens,
+                          line.output_tokens, ttft, line.finish);
     }
     logger_->info(text);
     return;

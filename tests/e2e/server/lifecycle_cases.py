@@ -558,3 +558,7 @@ class Sockets(unittest.TestCase):
             row = json.loads(next(line for line in server.lines if '"me"' in line))
             self.assertEqual((row["request_id"], row["status"], row["tenant"], row["output_tokens"]), ("me", 200, "local", 2))
             self.assertFalse(any("secret" in line for line in server.lines))
+            self.assertGreater(row["ttft_ms"], 0)
+            self.assertEqual(server.post("/v1/embeddings", {"input": "Hello"}, [("X-Request-Id", "vector")])[0], 200)
+            server.wait_until(lambda: any('"vector"' in line for line in server.lines), "the log")
+            self.assertIsNone(json.loads(next(line for line in server.lines if '"vector"' in line))["ttft_ms"])

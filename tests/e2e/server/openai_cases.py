@@ -229,6 +229,10 @@ class OpenAi(ClientCase):
             return dot / (sum(p * p for p in x) * sum(q * q for q in y)) ** 0.5
         self.assertGreater(cosine(a, b), cosine(a, c))
         self.assertGreater(answer.usage.prompt_tokens, 15)
+        def lines():
+            return [line for line in self.server.lines if "POST /v1/embeddings 200" in line]
+        self.server.wait_until(lines, "their lines in the log")
+        self.assertFalse([line for line in lines() if "ttft" in line])
         for fields, param in (({"input": []}, "input"), ({"input": "a", "dimensions": 5}, "dimensions"),
                               ({"input": "a", "extra_body": {"kv_fusion": 5}}, "kv_fusion")):
             with self.assertRaises(openai.BadRequestError) as caught:
