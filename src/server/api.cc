@@ -211,7 +211,7 @@ void Api::AddCorsHeaders(const HttpRequest& request, Exchange& exchange, bool pr
     if (std::ranges::find(options_.cors_origins, request.origin) == options_.cors_origins.end()) return;
   }
   exchange.AddHeader("Access-Control-Allow-Origin", any ? "*" : request.origin);
-  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, WWW-Authenticate");
+  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, WWW-Authenticate, X-JointKV-Ignored");
   if (!preflight) return;
   exchange.AddHeader("Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS");
   // Clients send headers of their own (x-stainless-* of OpenAI's): none of them does harm.
@@ -454,6 +454,9 @@ void Api::Admit(Job& job) {
     CheckReady();
     const Answer::Head head = {(job.kind == Kind::kChat ? "chatcmpl-" : "cmpl-") + RandomName(), options_.model_name,
                                static_cast<int64_t>(std::time(nullptr))};
+    if (!job.call.tools.empty() && !engine_.model().chat_template->shows_tools()) {
+      job.exchange.AddHeader("X-JointKV-Ignored", "tools");
+    }
     generations_.Start(job.exchange, *job.tenant, job.call, std::move(job.prepared), head);
   } catch (const ApiError& error) {
     job.exchange.ReplyError(error);

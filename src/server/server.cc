@@ -78,6 +78,9 @@ class Server {
     }
     const std::string& warning = engine_.model().chat_template->warning();
     if (!warning.empty()) log_.Info(warning);
+    if (!engine_.model().chat_template->shows_tools()) {
+      log_.Info("the chat template shows the model no tools: where requests have some they are left out");
+    }
     api_.OnReady();
     log_.Info("ready: page " + http_.address() + "/, API " + http_.address() + "/v1, metrics " + http_.address() +
               "/metrics");
