@@ -100,7 +100,7 @@ class Engine {
   Tenant* NextTenant();
   void Plan();
   int Reserve(Sequence& sequence, int rows);
-  bool PreemptYoungest(const Sequence& keep);
+  Sequence* Victim() const;
   void Preempt(Sequence& sequence);
   void Forward();
   // Offers the blocks of `unfused` to fusion.
@@ -155,6 +155,7 @@ class Engine {
     attention::RowSpan span;
     bool decodes = false;  // its prompt was computed before
   };
+  size_t plan_next_ = 0;  // of running_, while planning
   std::vector<PlannedSpan> planned_;
   std::vector<TokenId> step_tokens_;
   std::vector<attention::RowSpan> step_spans_;
