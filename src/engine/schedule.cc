@@ -90,14 +90,25 @@ bool Engine::AdmitNext() {
     sequence.sampler->ObservePrompt(request.request.prompt);
     request.times.started_s = MonotonicSeconds();
     request.cached_tokens = sequence.computed;
-    stats_.prompt_tokens += static_cast<int64_t>(request.request.prompt.size());
-    stats_.prefix_cached_tokens += sequence.computed;
-    fair_clock_ = std::max(fair_clock_, tenant->served_tokens);
-    tenant->served_tokens += static_cast<int64_t>(request.request.prompt.size());
+    CountStart(sequence, *tenant);
   }
   running_.push_back(std::move(tenant->waiting.front()));
   tenant->waiting.pop_front();
   return true;
+}
+
+void Engine::CountStart(const Sequence& sequence, Tenant& tenant) {
+  const Request& request = sequence.request->request;
+  const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
+  if (request.shadow) {
+    shadow_query_tokens_ += prompt_tokens;
+    shadow_hit_tokens_ += sequence.computed;
+    return;
+  }
+  stats_.prompt_tokens += prompt_tokens;
+  stats_.prefix_cached_tokens += sequence.computed;
+  fair_clock_ = std::max(fair_clock_, tenant.served_tokens);
+  tenant.served_tokens += prompt_tokens;
 }
 
 // Chooses this step's rows and reserves their slots. Decoding sequences first, oldest first, then prompts.
