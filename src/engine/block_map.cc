@@ -11,7 +11,7 @@ BlockMap Engine::block_map(const BlockMapLimits& limits, std::optional<DomainId>
   map.layer_stride = CeilDiv(map.layers, limits.layers);
   for (const auto& running : running_) {
     const RequestState& request = *running->request;
-    if (domain && request.request.domain != *domain) continue;
+    if (request.request.shadow || (domain && request.request.domain != *domain)) continue;
     if (++map.running > limits.sequences) continue;
     const auto blocks = cache_->blocks(running->kv);
     BlockMap::Sequence& sequence = map.sequences.emplace_back();

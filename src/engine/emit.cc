@@ -87,8 +87,10 @@ void Engine::SampleOne(Sequence& sequence, std::span<float> logits, std::vector<
   sequence.tokens.push_back(token);
   sequence.sampler->ObserveOutput(token);
   ++sequence.output_tokens;
-  ++stats_.output_tokens;
-  tenants_[request.request.domain].served_tokens += 1;
+  if (!request.request.shadow) {
+    ++stats_.output_tokens;
+    ++tenants_[request.request.domain].served_tokens;
+  }
 
   const bool ends = EndsWith(sequence, token);
   if (!ends) AppendText(sequence, token, event);

@@ -188,6 +188,7 @@ Expected<RequestId> Engine::Submit(Request request) {
                   "request: " + std::to_string(longest) + " tokens of prompt and output need at least " +
                       FormatBytes(least) + " of KV memory, kv-bytes is " + FormatBytes(capacity));
   }
+  if (request.shadow && !idle()) return Status(StatusCode::kUnsupported, "shadow: the engine is not idle");
   ASSIGN_OR_RETURN(StopStringMatcher stops, StopStringMatcher::Create(request.sampling.stop));
 
   auto state = std::make_unique<RequestState>();
@@ -217,18 +218,39 @@ void Engine::Cancel(RequestId id) {
 
 bool Engine::idle() const { return requests_.empty(); }
 
+bool Engine::RunsShadow() const { return !running_.empty() && running_.front()->request->request.shadow; }
+
 EngineStats Engine::stats() const {
   EngineStats stats = stats_;
-  stats.running = static_cast<int>(running_.size());
-  for (const auto& [domain, tenant] : tenants_) stats.waiting += static_cast<int>(tenant.waiting.size());
+  for (const auto& [domain, of_domain] : domain_stats()) {
+    stats.running += of_domain.running;
+    stats.waiting += of_domain.waiting;
+  }
   return stats;
 }
 
 std::map<DomainId, DomainStats> Engine::domain_stats() const {
   std::map<DomainId, DomainStats> stats;
-  for (const auto& [domain, tenant] : tenants_) stats[domain].waiting = static_cast<int>(tenant.waiting.size());
-  for (const auto& sequence : running_) ++stats[sequence->request->request.domain].running;
+  for (const auto& [domain, tenant] : tenants_) {
+    stats[domain].waiting = static_cast<int>(
+        std::ranges::count_if(tenant.waiting, [](const auto& sequence) { return !sequence->request->request.shadow; }));
+  }
+  for (const auto& sequence : running_) {
+    if (!sequence->request->request.shadow) ++stats[sequence->request->request.domain].running;
+  }
   return stats;
+}
+
+kv::KvStats Engine::kv_stats() const {
+  kv::KvStats stats = cache_->stats();
+  stats.prefix_query_tokens -= shadow_query_tokens_;
+  stats.prefix_hit_tokens -= shadow_hit_tokens_;
+  if (RunsShadow()) stats.running_bytes = stats.logical_bytes = 0;
+  return stats;
+}
+
+kv::SharingStats Engine::sharing_stats(int64_t slots_max) const {
+  return RunsShadow() ? kv::SharingStats() : cache_->sharing_stats(slots_max);
 }
 
 bool Engine::Step(std::vector<Event>& events) {
@@ -251,13 +273,21 @@ bool Engine::Step(std::vector<Event>& events) {
     RemoveFinished();
     return true;
   }
+  const bool shadow = RunsShadow();
   Forward();
-  UpdatePeaks();
+  if (!shadow) UpdatePeaks();
   SampleRows(events);
   PoolHidden(events);
   RemoveFinished();
 
-  const double step_s = MonotonicSeconds() - start_s;
+  if (!shadow) CountStep(MonotonicSeconds() - start_s);
+#ifdef JOINTKV_CHECK_EACH_STEP
+  cache_->CheckIntegrity();
+#endif
+  return true;
+}
+
+void Engine::CountStep(double step_s) {
   int decode_rows = 0;
   for (const PlannedSpan& planned : planned_) decode_rows += planned.decodes;
   const double decode_share = static_cast<double>(decode_rows) / static_cast<double>(step_tokens_.size());
@@ -268,10 +298,6 @@ bool Engine::Step(std::vector<Event>& events) {
   stats_.prefill_tokens += static_cast<int64_t>(step_tokens_.size()) - decode_rows;
   stats_.decode_tokens += decode_rows;
   ++stats_.steps;
-#ifdef JOINTKV_CHECK_EACH_STEP
-  cache_->CheckIntegrity();
-#endif
-  return true;
 }
 
 void Engine::Forward() {

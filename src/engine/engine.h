@@ -65,7 +65,8 @@ class Engine {
   std::map<DomainId, DomainStats> domain_stats() const;
   // Which blocks the running sequences hold, of one domain or of all, as far as `limits` go.
   BlockMap block_map(const BlockMapLimits& limits, std::optional<DomainId> domain = {}) const;
-  kv::KvStats kv_stats() const { return cache_->stats(); }
+  kv::KvStats kv_stats() const;
+  kv::SharingStats sharing_stats(int64_t slots_max) const;
   joint::FusionStats fusion_stats() const { return fusion_->stats(); }
   // Off: no block is fused from now on, and new requests take exact blocks only.
   void set_fusion(bool enabled) { fusion_->set_enabled(enabled); }
@@ -97,10 +98,11 @@ class Engine {
   Status ReadPooling();
   void Admit();
   bool AdmitNext();
+  void CountStart(const Sequence& sequence, Tenant& tenant);
   Tenant* NextTenant();
   void Plan();
   int Reserve(Sequence& sequence, int rows);
-  bool PreemptYoungest(const Sequence& keep);
+  Sequence* Victim() const;
   void Preempt(Sequence& sequence);
   void Forward();
   // Offers the blocks of `unfused` to fusion.
@@ -118,8 +120,10 @@ class Engine {
   void RemoveFinished();
   void DropCancelled(std::vector<Event>& events);
   bool Fuses(const Sequence& sequence) const;
+  bool RunsShadow() const;
   size_t ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const;
   void UpdatePeaks();
+  void CountStep(double step_s);
   // Prompt logprobs and embeddings, in prompt_outputs.cc.
   Status CheckPromptOutputs(const Request& request) const;
   int RowsWithinLogits(const Sequence& sequence, int rows, int& logit_rows_left) const;
@@ -146,6 +150,8 @@ class Engine {
   int64_t fair_clock_ =
       0;  // served_tokens of the domain admitted last: who was idle starts from here, not from the past
   KeptShare kept_share_;
+  int64_t shadow_query_tokens_ = 0;  // of the store's counters: what shadow requests looked up and found
+  int64_t shadow_hit_tokens_ = 0;
   bool any_cancelled_ = false;
   bool any_finished_ = false;
 
@@ -155,6 +161,7 @@ class Engine {
     attention::RowSpan span;
     bool decodes = false;  // its prompt was computed before
   };
+  size_t plan_next_ = 0;  // of running_, while planning
   std::vector<PlannedSpan> planned_;
   std::vector<TokenId> step_tokens_;
   std::vector<attention::RowSpan> step_spans_;

@@ -30,6 +30,9 @@ struct Request {
   int prompt_logprobs = -1;
   // The prompt as one vector, pooled as the model file says; no output: max_tokens must be 0 and n 1.
   bool embed = false;
+  // A run beside the clients' (ShadowCheck): no figure counts it and no map shows it. It must be alone: submitted to an
+  // idle engine, cancelled when another request comes.
+  bool shadow = false;
   std::vector<TokenId> visible_tokens;  // control tokens that give their text in events, where others give none
 };
 

@@ -11,6 +11,9 @@ namespace {
 // Where memory is short, prompts that fuse go on by so many rows at a time: each step's rows lie private until then.
 constexpr int kRowsWhereShort = 64;
 
+// Block table slots that are looked at to see who holds how much: about a millisecond.
+constexpr int64_t kSlotsPerPreemption = int64_t{1} << 16;
+
 }  // namespace
 
 void Engine::DropCancelled(std::vector<Event>& events) {
@@ -87,37 +90,48 @@ bool Engine::AdmitNext() {
     sequence.sampler->ObservePrompt(request.request.prompt);
     request.times.started_s = MonotonicSeconds();
     request.cached_tokens = sequence.computed;
-    stats_.prompt_tokens += static_cast<int64_t>(request.request.prompt.size());
-    stats_.prefix_cached_tokens += sequence.computed;
-    fair_clock_ = std::max(fair_clock_, tenant->served_tokens);
-    tenant->served_tokens += static_cast<int64_t>(request.request.prompt.size());
+    CountStart(sequence, *tenant);
   }
   running_.push_back(std::move(tenant->waiting.front()));
   tenant->waiting.pop_front();
   return true;
 }
 
+void Engine::CountStart(const Sequence& sequence, Tenant& tenant) {
+  const Request& request = sequence.request->request;
+  const auto prompt_tokens = static_cast<int64_t>(request.prompt.size());
+  if (request.shadow) {
+    shadow_query_tokens_ += prompt_tokens;
+    shadow_hit_tokens_ += sequence.computed;
+    return;
+  }
+  stats_.prompt_tokens += prompt_tokens;
+  stats_.prefix_cached_tokens += sequence.computed;
+  fair_clock_ = std::max(fair_clock_, tenant.served_tokens);
+  tenant.served_tokens += prompt_tokens;
+}
+
 // Chooses this step's rows and reserves their slots. Decoding sequences first, oldest first, then prompts.
 void Engine::Plan() {
   planned_.clear();
   for (auto& sequence : running_) sequence->planned_rows = 0;
-  int decoding = 0;
-  for (size_t i = 0; i < running_.size(); ++i) {
-    if (running_[i]->Remaining() == 1) decoding += Reserve(*running_[i], 1);
+  for (plan_next_ = 0; plan_next_ < running_.size();) {
+    Sequence& sequence = *running_[plan_next_++];
+    if (sequence.Remaining() == 1) Reserve(sequence, 1);
   }
+  int decoding = 0;
+  for (const auto& sequence : running_) decoding += sequence->planned_rows;
   // Prompts go on by a row also where decoding takes the whole budget.
   int budget = std::max(1, options_.step_tokens - decoding);
   int prompt_logit_rows = kPromptLogitRows;
-  for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
-    Sequence& sequence = *running_[i];
+  for (plan_next_ = 0; plan_next_ < running_.size() && budget > 0;) {
+    Sequence& sequence = *running_[plan_next_++];
     if (sequence.planned_rows > 0 || sequence.Remaining() <= 1) continue;
     int rows = RowsWithinLogits(sequence, std::min(budget, sequence.Remaining()), prompt_logit_rows);
     if (rows == 0) continue;
     // A rest of one row would count as decoding next time, before older prompts: take one row less instead.
     if (sequence.Remaining() - rows == 1 && rows > 1) --rows;
-    rows = Reserve(sequence, rows);
-    if (rows == 0) break;
-    budget -= rows;
+    budget -= Reserve(sequence, rows);
   }
   step_tokens_.clear();
   step_spans_.clear();
@@ -141,7 +155,7 @@ void Engine::Plan() {
 }
 
 // Reserves slots for the next rows of a sequence and returns how many: where they do not fit, what waits is fused, a
-// prompt that fuses takes fewer rows, and younger sequences are preempted, in this order. 0 when the sequence itself
+// prompt that fuses takes fewer rows, and sequences are preempted, in this order. 0 when the sequence itself
 // had to go, or stands alone and not one row fits (alone, any prompt takes fewer: sliding windows may give back blocks
 // between shorter steps).
 int Engine::Reserve(Sequence& sequence, int rows) {
@@ -152,22 +166,36 @@ int Engine::Reserve(Sequence& sequence, int rows) {
       rows = std::max(rows / 2, kRowsWhereShort);
       continue;
     }
-    if (PreemptYoungest(sequence)) continue;
-    if (running_.size() > 1) {
-      Preempt(sequence);
-      return 0;
+    if (Sequence* victim = Victim()) {
+      Preempt(*victim);
+      if (victim == &sequence) return 0;
+    } else {
+      rows /= 2;
     }
-    rows /= 2;
   }
   sequence.planned_rows = rows;
   return rows;
 }
 
-// Preempts the youngest running sequence that is younger than `keep`.
-bool Engine::PreemptYoungest(const Sequence& keep) {
-  if (running_.back().get() == &keep) return false;
-  Preempt(*running_.back());
-  return true;
+// Who gives way: the youngest sequence of the domain that holds the most bytes, which is at least a fair share; where
+// two hold the same, the youngest. Never the oldest of all, so that one always proceeds. Null: there is no other.
+Engine::Sequence* Engine::Victim() const {
+  if (running_.size() < 2) return nullptr;
+  const auto domain_of = [](const auto& sequence) { return sequence->request->request.domain; };
+  const DomainId first = domain_of(running_.front());
+  if (std::ranges::all_of(running_, [&](const auto& sequence) { return domain_of(sequence) == first; })) {
+    return running_.back().get();
+  }
+  const std::map<DomainId, double> held = cache_->sharing_stats(kSlotsPerPreemption).domain_bytes;
+  Sequence* victim = nullptr;
+  double most = -1;
+  for (size_t i = running_.size() - 1; i > 0; --i) {
+    const double bytes = held.at(domain_of(running_[i]));
+    if (bytes <= most) continue;
+    most = bytes;
+    victim = running_[i].get();
+  }
+  return victim;
 }
 
 // Back to the head of its queue: it will be computed again, from the prefix cache as far as that still reaches.
@@ -185,6 +213,7 @@ void Engine::Preempt(Sequence& sequence) {
   sequence.planned_rows = 0;
   const auto found = std::ranges::find_if(running_, [&](const auto& s) { return s.get() == &sequence; });
   CHECK(found != running_.end());
+  if (static_cast<size_t>(found - running_.begin()) < plan_next_) --plan_next_;
   auto& waiting = tenants_[sequence.request->request.domain].waiting;
   waiting.push_front(std::move(*found));
   running_.erase(found);

@@ -168,6 +168,75 @@ TEST(ScheduleTest, LongPromptsLeaveDecodingItsRows) {
   }
 }
 
+// Decodes a crowd of one domain beside one request of another in room for a part of it; preemptions by domain.
+std::map<DomainId, int> Preempted(Driver& driver, const std::map<RequestId, DomainId>& domains) {
+  std::map<DomainId, int> preempted;
+  const auto of_domain = [&](DomainId domain) { return driver.engine().domain_stats()[domain]; };
+  std::map<DomainId, int> waiting;
+  for (const auto& [id, domain] : domains) waiting[domain] = of_domain(domain).waiting;
+  while (driver.Step()) {
+    for (auto& [domain, before] : waiting) {
+      const int now = of_domain(domain).waiting;
+      preempted[domain] += std::max(0, now - before);
+      before = now;
+    }
+  }
+  return preempted;
+}
+
+TEST(ScheduleTest, WhoHoldsMostGivesWay) {
+  for (const bool guest_is_oldest : {false, true}) {
+    EngineOptions options = TestOptions();
+    options.kv_bytes = size_t{2} << 20;
+    options.prefix_cache = false;
+    Driver driver(options);
+    const DomainId crowd(1), guest(2);
+    std::map<RequestId, DomainId> domains;
+    const auto submit_guest = [&] {
+      domains.emplace(driver.Submit(RandomTokens(60, 999), Greedy(300), guest), guest);
+      driver.Step();
+    };
+    if (guest_is_oldest) submit_guest();
+    for (int i = 0; i < 6; ++i) {
+      domains.emplace(driver.Submit(RandomTokens(60, 100 + i), Greedy(400), crowd), crowd);
+      driver.Step();
+    }
+    if (!guest_is_oldest) submit_guest();
+    const std::map<DomainId, int> preempted = Preempted(driver, domains);
+    EXPECT_GT(preempted.at(crowd), 0);
+    EXPECT_EQ(preempted.at(guest), 0) << "the youngest of all, but not of those who hold most";
+    for (const auto& [id, domain] : domains) EXPECT_EQ(driver.of(id).end.finish, FinishReason::kLength);
+    driver.ExpectAllFree();
+  }
+}
+
+// It holds more than its share all the time and is preempted for it, but it ends while small ones keep coming.
+TEST(ScheduleTest, WhoHoldsMostEndsToo) {
+  EngineOptions options = TestOptions();
+  options.kv_bytes = size_t{2} << 20;
+  options.prefix_cache = false;
+  Driver driver(options);
+  const DomainId large(1), small(2);
+  uint64_t seed = 0;
+  const auto submit_small = [&] { return driver.Submit(RandomTokens(40, 100 + seed++), Greedy(150), small); };
+  std::vector<RequestId> smalls;
+  for (int i = 0; i < 6; ++i) smalls.push_back(submit_small());
+  driver.Step();
+  const RequestId id = driver.Submit(RandomTokens(600, 1), Greedy(500), large);
+  int steps = 0;
+  while (driver.of(id).ends == 0 && steps < 20000) {
+    driver.Step();
+    ++steps;
+    for (const Event& event : driver.events()) {
+      if (event.finish != FinishReason::kNone && event.request != id) smalls.push_back(submit_small());
+    }
+  }
+  EXPECT_EQ(driver.of(id).end.finish, FinishReason::kLength) << steps;
+  driver.Run();
+  for (const RequestId other : smalls) EXPECT_EQ(driver.of(other).end.finish, FinishReason::kLength);
+  driver.ExpectAllFree();
+}
+
 TEST(KeptShareTest, FollowsWhatFusionLeaves) {
   KeptShare share(100);
   EXPECT_DOUBLE_EQ(share.value(), 1);

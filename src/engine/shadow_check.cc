@@ -113,6 +113,7 @@ bool ShadowCheck::RunWhenIdle() {
     Request request = current_.request;
     request.forced = current_.tokens;
     request.kv_fusion = false;
+    request.shadow = true;
     request.sampling.temperature = 0;
     request.sampling.max_tokens = current_.rows;
     request.sampling.ignore_eos = true;

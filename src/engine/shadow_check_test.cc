@@ -124,6 +124,74 @@ TEST(ShadowCheck, GivesWayAndStaysWithinItsLimits) {
   EXPECT_TRUE(server.engine().idle());
 }
 
+// What is shown of an engine is its clients' work.
+TEST(ShadowCheck, NoFigureCountsItsRuns) {
+  Server server(Fusing(joint::Policy::kOff), {.rate = 1});
+  const Engine& engine = server.engine();
+  server.Submit(RandomTokens(60, 1), 12);
+  while (!engine.idle()) server.Step();
+  const EngineStats before = engine.stats();
+  const kv::KvStats kv_before = engine.kv_stats();
+  const auto unchanged = [&] {
+    const EngineStats stats = engine.stats();
+    EXPECT_EQ(stats.running, 0);
+    EXPECT_EQ(stats.waiting, 0);
+    EXPECT_EQ(stats.running_peak, 1);
+    EXPECT_EQ(stats.steps, before.steps);
+    EXPECT_EQ(stats.prompt_tokens, before.prompt_tokens);
+    EXPECT_EQ(stats.prefill_tokens, before.prefill_tokens);
+    EXPECT_EQ(stats.output_tokens, 12);
+    EXPECT_EQ(stats.decode_tokens, before.decode_tokens);
+    EXPECT_EQ(stats.prefill_s + stats.decode_s, before.prefill_s + before.decode_s);
+    EXPECT_EQ(stats.kv_bytes_peak, before.kv_bytes_peak);
+    const DomainStats domain = engine.domain_stats().at(DomainId(0));
+    EXPECT_EQ(domain.running + domain.waiting, 0);
+    EXPECT_TRUE(engine.block_map({}).sequences.empty());
+    const kv::KvStats kv = engine.kv_stats();
+    EXPECT_EQ(kv.running_bytes, 0U);
+    EXPECT_EQ(kv.logical_bytes, 0U);
+    EXPECT_EQ(kv.prefix_query_tokens, kv_before.prefix_query_tokens);
+    EXPECT_EQ(kv.prefix_hit_tokens, kv_before.prefix_hit_tokens);
+    EXPECT_TRUE(engine.sharing_stats(1 << 20).domain_bytes.empty());
+  };
+  int steps = 0;
+  while (server.Step()) {
+    unchanged();
+    ++steps;
+  }
+  EXPECT_GE(steps, 12);
+  EXPECT_EQ(server.shadow().stats().runs, 1);
+
+  // A client's request shows at once, also before the run that it ends is gone.
+  server.Submit(RandomTokens(30, 2), 3);
+  while (!engine.idle()) server.Step();
+  server.Step();  // its second run begins
+  server.Submit(RandomTokens(20, 3), 2);
+  EXPECT_EQ(engine.stats().waiting, 1);
+  EXPECT_EQ(engine.stats().running, 0);
+  server.Step();
+  EXPECT_EQ(engine.stats().running, 1);
+  EXPECT_GT(engine.kv_stats().running_bytes, 0U);
+  EXPECT_EQ(engine.stats().output_tokens, 16);
+  while (server.Step()) {
+  }
+  EXPECT_EQ(engine.stats().output_tokens, 17);
+}
+
+TEST(ShadowCheck, OnlyAnIdleEngineTakesARun) {
+  Driver driver(TestOptions());
+  driver.Submit(RandomTokens(20, 1), Greedy(5));
+  Request request;
+  request.prompt = RandomTokens(20, 2);
+  request.sampling = Greedy(5);
+  request.shadow = true;
+  EXPECT_EQ(driver.engine().Submit(request).status().code(), StatusCode::kUnsupported);
+  driver.Run();
+  EXPECT_TRUE(driver.engine().Submit(request).ok());
+  driver.Run();
+  EXPECT_EQ(driver.engine().stats().output_tokens, 5);
+}
+
 TEST(ShadowCheck, OffKeepsNothing) {
   Server server(Fusing(joint::Policy::kOff), {});
   server.Submit(RandomTokens(20, 1), 5);

@@ -150,6 +150,12 @@ void Api::Handle(HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
   }
 }
 
+void Api::Refuse(const HttpRequest& request, const ApiError& error, std::shared_ptr<ReplyChannel> channel) {
+  Exchange exchange(log_, request, RequestIdOf(request), std::move(channel));
+  AddCorsHeaders(request, exchange, false);
+  exchange.ReplyError(error);
+}
+
 void Api::Dispatch(HttpRequest& request, Exchange& exchange) {
   const bool preflight = request.method == "OPTIONS";
   AddCorsHeaders(request, exchange, preflight);
@@ -198,13 +204,14 @@ void Api::Dispatch(HttpRequest& request, Exchange& exchange) {
 
 void Api::AddCorsHeaders(const HttpRequest& request, Exchange& exchange, bool preflight) const {
   const bool any = std::ranges::find(options_.cors_origins, "*") != options_.cors_origins.end();
-  if (request.origin.empty() || options_.cors_origins.empty()) return;
+  if (options_.cors_origins.empty()) return;
   if (!any) {
+    if (request.origin.empty()) return;
     exchange.AddHeader("Vary", "Origin");
     if (std::ranges::find(options_.cors_origins, request.origin) == options_.cors_origins.end()) return;
   }
   exchange.AddHeader("Access-Control-Allow-Origin", any ? "*" : request.origin);
-  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, WWW-Authenticate");
+  exchange.AddHeader("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, WWW-Authenticate, X-JointKV-Ignored");
   if (!preflight) return;
   exchange.AddHeader("Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS");
   // Clients send headers of their own (x-stainless-* of OpenAI's): none of them does harm.
@@ -291,10 +298,16 @@ void Api::Model(Context& context) {
   context.exchange.Reply(ModelJson());
 }
 
-void Api::ReplyWith(Context& context, std::function<std::string(const std::string& body)> work) {
+void Api::ReplyWith(Context& context, bool slow, std::function<std::string(const std::string& body)> work) {
   CheckJsonType(context.request);
   CheckReady();
-  if (context.request.body.size() <= kInlineBodyBytes) return context.exchange.Reply(work(context.request.body));
+  if (!slow && context.request.body.size() <= kInlineBodyBytes) {
+    context.exchange.Reply(work(context.request.body));
+    return;
+  }
+  Tenant& tenant = *context.caller.tenant;
+  Use use = tenants_.Preparing(tenant, context.request.body.size());
+  use.requests = 0;  // it will be no request of the engine's
   struct Large {
     Exchange exchange;
     HttpRequest request;  // with what it counts as held
@@ -304,7 +317,7 @@ void Api::ReplyWith(Context& context, std::function<std::string(const std::strin
   };
   const auto large = std::make_shared<Large>(Large{context.exchange, std::move(context.request), std::move(work)});
   RunBeside(
-      large->exchange,
+      large->exchange, tenant, use,
       [large](const std::atomic<bool>&) {
         large->error = ErrorOf([&] { large->answer = large->work(large->request.body); });
       },
@@ -317,8 +330,9 @@ void Api::ReplyWith(Context& context, std::function<std::string(const std::strin
       });
 }
 
-void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atomic<bool>& gone)> work,
-                    std::function<void()> then) {
+void Api::RunBeside(const Exchange& exchange, Tenant& tenant, const Use& use,
+                    std::function<void(const std::atomic<bool>& gone)> work, std::function<void()> then) {
+  if (const std::optional<ApiError> error = tenants_.Enter(tenant, use)) throw *error;
   struct Beside {
     Exchange exchange;
     std::function<void(const std::atomic<bool>&)> work;
@@ -328,10 +342,11 @@ void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atom
   const auto beside = std::shared_ptr<Beside>(new Beside{exchange, std::move(work), std::move(then)});
   ++in_background_;
   beside->exchange.channel().OnGone([beside] { beside->gone = true; });
-  executor_.in_background([this, beside] {
+  executor_.in_background([this, beside, &tenant, use] {
     if (!beside->gone) beside->work(beside->gone);
-    executor_.on_io_thread([this, beside] {
+    executor_.on_io_thread([this, beside, &tenant, use] {
       --in_background_;
+      tenants_.Leave(tenant, use);
       if (beside->gone) {
         beside->exchange.Gone();
       } else {
@@ -342,14 +357,16 @@ void Api::RunBeside(const Exchange& exchange, std::function<void(const std::atom
 }
 
 void Api::Tokenize(Context& context) {
-  ReplyWith(context, [this](const std::string& text) {
+  const bool has_tools = context.request.body.find("\"tools\"") != std::string::npos;
+  ReplyWith(context, has_tools, [this](const std::string& text) {
     const Json body = ParseObject(text, options_.limits.json_depth_max);
     CheckModel(StringOr(body, "model", ""), options_.model_name);
     const ModelInfo& model = engine_.model();
     std::vector<TokenId> tokens;
     const Json* prompt = Find(body, "prompt");
     if (prompt == nullptr) {
-      tokens = EncodeMessages(Messages(body, options_.limits), model, BoolOr(body, "add_generation_prompt", true));
+      tokens = EncodeConversation(ParseConversation(body, options_.limits, text), model,
+                                  BoolOr(body, "add_generation_prompt", true));
     } else {
       tokens = Encode(String(*prompt, "prompt"), "prompt", model, BoolOr(body, "add_special_tokens", true));
     }
@@ -363,7 +380,7 @@ void Api::Tokenize(Context& context) {
 }
 
 void Api::Detokenize(Context& context) {
-  ReplyWith(context, [this](const std::string& text) {
+  ReplyWith(context, false, [this](const std::string& text) {
     const Json body = ParseObject(text, options_.limits.json_depth_max);
     CheckModel(StringOr(body, "model", ""), options_.model_name);
     const Json* value = Find(body, "tokens");
@@ -414,7 +431,8 @@ void Api::Generate(Context& context, Kind kind) {
                                              {},
                                              {},
                                              {}});
-  const bool is_short = job->body.size() <= kInlineBodyBytes;
+  const size_t body_bytes = job->body.size();
+  const bool is_short = body_bytes <= kInlineBodyBytes;
   if (is_short) job->Parse(options_);
   if (is_short && (job->error || !job->call.has_grammar())) {
     job->Prepare(engine_.model(), options_);
@@ -422,7 +440,7 @@ void Api::Generate(Context& context, Kind kind) {
     return;
   }
   RunBeside(
-      job->exchange,
+      job->exchange, *job->tenant, tenants_.Preparing(*job->tenant, body_bytes),
       [this, job, is_short](const std::atomic<bool>& gone) {
         if (!is_short) job->Parse(options_);
         if (!gone) job->Prepare(engine_.model(), options_);
@@ -436,6 +454,9 @@ void Api::Admit(Job& job) {
     CheckReady();
     const Answer::Head head = {(job.kind == Kind::kChat ? "chatcmpl-" : "cmpl-") + RandomName(), options_.model_name,
                                static_cast<int64_t>(std::time(nullptr))};
+    if (!job.call.tools.empty() && !engine_.model().chat_template->shows_tools()) {
+      job.exchange.AddHeader("X-JointKV-Ignored", "tools");
+    }
     generations_.Start(job.exchange, *job.tenant, job.call, std::move(job.prepared), head);
   } catch (const ApiError& error) {
     job.exchange.ReplyError(error);

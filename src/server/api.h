@@ -41,6 +41,8 @@ class Api {
   ~Api();
 
   void Handle(HttpRequest request, std::shared_ptr<ReplyChannel> channel);
+  // Answers a request that could not be read to its end, or not at all.
+  void Refuse(const HttpRequest& request, const ApiError& error, std::shared_ptr<ReplyChannel> channel);
 
   void OnReady() { state_ = State::kReady; }
   void OnDeliveries(std::vector<Delivery>&& deliveries) { generations_.OnDeliveries(std::move(deliveries)); }
@@ -85,10 +87,12 @@ class Api {
   void Completion(Context& context) { Generate(context, Kind::kCompletion); }
   void Embedding(Context& context) { Generate(context, Kind::kEmbedding); }
   // `work` on the helper thread, unless the client has gone by then, and `then` on the I/O thread, if it still waits.
-  void RunBeside(const Exchange& exchange, std::function<void(const std::atomic<bool>& gone)> work,
-                 std::function<void()> then);
-  // Replies with what `work` makes of the body: at once, or of a large one on the helper thread.
-  void ReplyWith(Context& context, std::function<std::string(const std::string& body)> work);
+  // `use` counts until then. Throws an ApiError when there is no room for it.
+  void RunBeside(const Exchange& exchange, Tenant& tenant, const Use& use,
+                 std::function<void(const std::atomic<bool>& gone)> work, std::function<void()> then);
+  // Replies with what `work` makes of the body: at once, or of a large one, or one that is `slow`, on the helper
+  // thread.
+  void ReplyWith(Context& context, bool slow, std::function<std::string(const std::string& body)> work);
   void Tokenize(Context& context);
   void Detokenize(Context& context);
   void TokenizerInfo(Context& context);

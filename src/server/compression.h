@@ -16,6 +16,6 @@ struct Compression {
   double codec = 1;  // elements of 16 bit / as stored
 };
 
-Compression CompressionOf(const kv::KvCache& cache, const kv::SharingStats& sharing);
+Compression CompressionOf(const kv::KvStats& kv, const kv::SharingStats& sharing);
 
 }  // namespace jointkv::server

@@ -19,7 +19,6 @@
 #include <utility>
 
 #include "base/clock.h"
-#include "server/api_error.h"
 #include "server/connection_impl.h"
 
 namespace jointkv::server {
@@ -31,7 +30,7 @@ using boost::system::error_code;
 using TlsStream = asio::ssl::stream<Socket>;
 
 constexpr size_t kReadBytes = 8192;
-constexpr size_t kPipelineBytesMax = 65536;          // read ahead of the request that is being answered
+constexpr size_t kPipelineBytesMax = 65536;          // sent ahead of the request that is being answered
 constexpr size_t kLingerBytesMax = size_t{8} << 20;  // thrown away after an error, so that the client reads it
 constexpr double kLingerS = 2;
 
@@ -45,8 +44,8 @@ class HttpConnection final : public Connection,
   static constexpr bool kTls = std::is_same_v<Stream, TlsStream>;
 
   HttpConnection(Stream stream, const Callbacks& callbacks, const Limits& limits, HeldBytes& held,
-                 const std::string& server_name)
-      : stream_(std::move(stream)), callbacks_(callbacks), limits_(limits), budget_(held), server_name_(server_name) {
+                 CommonHeaders& headers)
+      : stream_(std::move(stream)), callbacks_(callbacks), limits_(limits), budget_(held), common_headers_(headers) {
     NewRequest();
   }
 
@@ -66,16 +65,11 @@ class HttpConnection final : public Connection,
     }
   }
 
-  void Refuse(int status, const std::string& code, const std::string& message) override {
+  void Refuse(const ApiError& error) override {
     phase_ = Phase::kAnswering;
     keep_alive_ = false;
-    HttpResponse response{.status = status};
-    response.body = ErrorBody({.status = status,
-                               .message = message,
-                               .type = status < 500 ? "invalid_request_error" : "server_error",
-                               .code = code});
-    if (status == 503) response.headers.emplace_back("Retry-After", "2");
-    Reply(std::move(response));
+    head_ = parser_->get().method() == http::verb::head;
+    callbacks_.on_refused(Described(parser_->get()), error, this->shared_from_this());
   }
 
   void Tick(double now_s) override {
@@ -89,9 +83,9 @@ class HttpConnection final : public Connection,
       return;
     }
     if (now_s <= deadline_s_) return;
-    const bool idle = phase_ == Phase::kReceiving && !receiving_ && in_.empty();
+    const bool idle = phase_ == Phase::kReceiving && !receiving_;
     if (phase_ == Phase::kLingering || idle) return Close();
-    Refuse(408, "request_timeout", "the request did not arrive in time");
+    Refuse({.status = 408, .message = "the request did not arrive in time", .code = "request_timeout"});
   }
 
   void Drain() override {
@@ -181,7 +175,7 @@ class HttpConnection final : public Connection,
   }
 
   void Read() {
-    if (closed_ || reading_ || (phase_ == Phase::kAnswering && in_.size() >= kPipelineBytesMax)) return;
+    if (closed_ || reading_ || TooFarAhead()) return;
     reading_ = true;
     stream_.async_read_some(asio::buffer(chunk_), [self = this->shared_from_this()](error_code error, size_t bytes) {
       self->OnRead(error, bytes);
@@ -203,12 +197,24 @@ class HttpConnection final : public Connection,
     } else {
       in_.append(chunk_.data(), bytes);
       if (phase_ == Phase::kReceiving) Parse();
+      if (TooFarAhead() && !whole_) return Close();
     }
     Read();
   }
 
+  bool TooFarAhead() const { return phase_ == Phase::kAnswering && in_.size() > kPipelineBytesMax; }
+
+  // An empty line before a request is none of it (RFC 9112, 2.2).
+  void SkipEmptyLines() {
+    size_t begin = 0;
+    while (in_.compare(begin, 2, "\r\n") == 0 || in_.compare(begin, 1, "\n") == 0) begin += in_[begin] == '\r' ? 2 : 1;
+    in_.erase(0, begin);
+  }
+
   void Parse() {
     if (!receiving_) {
+      SkipEmptyLines();
+      if (in_.empty() || in_ == "\r") return;
       receiving_ = true;
       deadline_s_ = MonotonicSeconds() + limits_.header_timeout_s;
     }
@@ -230,43 +236,52 @@ class HttpConnection final : public Connection,
   void Malformed(error_code error) {
     in_.clear();
     if (error == http::error::header_limit) {
-      Refuse(431, "headers_too_large",
-             "the headers are longer than " + std::to_string(limits_.header_bytes_max) + " bytes");
+      Refuse({.status = 431,
+              .message = "the headers are longer than " + std::to_string(limits_.header_bytes_max) + " bytes",
+              .code = "headers_too_large"});
     } else if (error == http::error::body_limit) {
-      Refuse(413, "body_too_large", "the body is longer than " + std::to_string(limits_.body_bytes_max) + " bytes");
+      Refuse({.status = 413,
+              .message = "the body is longer than " + std::to_string(limits_.body_bytes_max) + " bytes",
+              .code = "body_too_large"});
     } else {
-      Refuse(400, "invalid_http", "not an HTTP request: " + error.message());
+      Refuse({.message = "not an HTTP request: " + error.message(), .code = "invalid_http"});
     }
   }
 
   void Crowded() {
     in_.clear();
-    NewRequest();
-    Refuse(503, "server_busy",
-           "the server holds " + std::to_string(budget_.bytes_max()) + " bytes of requests, its limit");
+    std::string().swap(parser_->get().body());
+    held_.Set(0);
+    Refuse(Unavailable("server_busy",
+                       "the server holds " + std::to_string(budget_.bytes_max()) + " bytes of requests, its limit"));
   }
 
   void Dispatch() {
-    auto message = parser_->release();
+    auto& message = parser_->get();
     phase_ = Phase::kAnswering;
     version_ = message.version();
     keep_alive_ = message.keep_alive() && !draining_;
     head_ = message.method() == http::verb::head;
     if (version_ >= 11 && message.find(http::field::host) == message.end()) {
-      return Refuse(400, "invalid_http", "an HTTP/1.1 request needs a Host header");
+      return Refuse({.message = "an HTTP/1.1 request needs a Host header", .code = "invalid_http"});
     }
+    HttpRequest request = Described(message);
+    request.body = std::move(message.body());
+    request.held = std::move(held_);
+    callbacks_.on_request(std::move(request), this->shared_from_this());
+  }
+
+  // Without its body; as far as it was read.
+  static HttpRequest Described(const http::request<http::string_body>& message) {
     HttpRequest request;
     request.method = Text(message.method_string());
-    request.path = Text(message.target());
-    request.path.resize(std::min(request.path.find_first_of("?#"), request.path.size()));
+    request.path = PathOf(Text(message.target()));
     request.authorization = Text(message[http::field::authorization]);
     request.content_type = Text(message[http::field::content_type]);
     request.origin = Text(message[http::field::origin]);
     request.wanted_headers = Text(message[http::field::access_control_request_headers]);
     request.request_id = Text(message["X-Request-Id"]);
-    request.body = std::move(message.body());
-    request.held = std::move(held_);
-    callbacks_.on_request(std::move(request), this->shared_from_this());
+    return request;
   }
 
   void AppendHeader(int status, const std::string& content_type, const Headers& headers,
@@ -274,7 +289,8 @@ class HttpConnection final : public Connection,
     http::response<http::empty_body> header;
     header.version(version_ >= 11 ? 11 : 10);
     header.result(static_cast<unsigned>(status));
-    header.set(http::field::server, server_name_);
+    header.set(http::field::server, common_headers_.server);
+    header.set(http::field::date, common_headers_.date.Now());
     if (!content_type.empty()) header.set(http::field::content_type, content_type);
     for (const auto& [name, value] : headers) header.insert(name, value);
     if (body_bytes) {
@@ -364,7 +380,7 @@ class HttpConnection final : public Connection,
   const Callbacks& callbacks_;
   const Limits& limits_;
   HeldBytes& budget_;
-  const std::string& server_name_;
+  CommonHeaders& common_headers_;
 
   std::array<char, kReadBytes> chunk_;
   std::string in_;  // read and not parsed yet
@@ -402,12 +418,12 @@ class HttpConnection final : public Connection,
 
 std::shared_ptr<Connection> MakeConnection(Socket socket, asio::ssl::context* tls,
                                            const Connection::Callbacks& callbacks, const Limits& limits,
-                                           HeldBytes& held, const std::string& server_name) {
+                                           HeldBytes& held, CommonHeaders& headers) {
   if (tls == nullptr) {
-    return std::make_shared<HttpConnection<Socket>>(std::move(socket), callbacks, limits, held, server_name);
+    return std::make_shared<HttpConnection<Socket>>(std::move(socket), callbacks, limits, held, headers);
   }
   return std::make_shared<HttpConnection<TlsStream>>(TlsStream(std::move(socket), *tls), callbacks, limits, held,
-                                                     server_name);
+                                                     headers);
 }
 
 }  // namespace jointkv::server

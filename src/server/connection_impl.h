@@ -10,14 +10,21 @@
 
 #include "server/connection.h"
 #include "server/held_bytes.h"
+#include "server/http_text.h"
 
 namespace jointkv::server {
 
 using Socket = boost::asio::generic::stream_protocol::socket;
 
-// `callbacks`, `limits` and `held` must outlive it. `tls` null: none. `server_name`: the Server header.
+// Headers of every answer.
+struct CommonHeaders {
+  std::string server;
+  HttpDate date;
+};
+
+// What it is given by reference must outlive it. `tls` null: none.
 std::shared_ptr<Connection> MakeConnection(Socket socket, boost::asio::ssl::context* tls,
                                            const Connection::Callbacks& callbacks, const Limits& limits,
-                                           HeldBytes& held, const std::string& server_name);
+                                           HeldBytes& held, CommonHeaders& headers);
 
 }  // namespace jointkv::server

@@ -74,7 +74,7 @@ void EngineThread::Run() {
     engine_->Step(events_);
     shadow_->OnEvents(events_);
     Deliver();
-    for (const double kl : shadow_->TakeRunKls()) metrics_.ShadowKl(kl);
+    metrics_.UpdateShadow(shadow_->stats(), shadow_->TakeRunKls());
     shadow_->RunWhenIdle();
     if (engine_->idle() || MonotonicSeconds() - metrics_updated_s_ >= kMetricsEveryS) UpdateMetrics();
   }

@@ -58,6 +58,7 @@ struct HttpServer::Sockets {
   asio::steady_timer accept_again{io};
   asio::signal_set signals{io};
   std::function<void(int)> on_signal;
+  CommonHeaders headers;
   std::unique_ptr<asio::ssl::context> tls;
   std::unordered_map<Connection*, std::shared_ptr<Connection>> connections;
   asio::executor_work_guard<asio::io_context::executor_type> work = asio::make_work_guard(io);
@@ -71,13 +72,14 @@ struct HttpServer::Sockets {
   }
 };
 
-HttpServer::HttpServer(const ServerOptions& options, std::string server_name,
-                       std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request)
-    : options_(options),
-      server_name_(std::move(server_name)),
-      held_(options.limits.held_bytes_max),
-      sockets_(std::make_unique<Sockets>()) {
+HttpServer::HttpServer(
+    const ServerOptions& options, std::string server_name,
+    std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request,
+    std::function<void(const HttpRequest&, const ApiError&, std::shared_ptr<ReplyChannel>)> on_refused)
+    : options_(options), held_(options.limits.held_bytes_max), sockets_(std::make_unique<Sockets>()) {
+  sockets_->headers.server = std::move(server_name);
   callbacks_.on_request = std::move(on_request);
+  callbacks_.on_refused = std::move(on_refused);
   // Later: the caller is one of the connection's own functions.
   callbacks_.on_closed = [this](Connection* connection) {
     asio::post(sockets_->io, [this, connection] { sockets_->connections.erase(connection); });
@@ -86,7 +88,11 @@ HttpServer::HttpServer(const ServerOptions& options, std::string server_name,
 
 HttpServer::~HttpServer() {
   sockets_->helper.join();
-  if (!options_.unix_socket.empty() && !address_.empty()) unlink(options_.unix_socket.c_str());
+  RemoveSocketFile();
+}
+
+void HttpServer::RemoveSocketFile() {
+  if (std::exchange(bound_unix_socket_, false)) unlink(options_.unix_socket.c_str());
 }
 
 Status HttpServer::Listen() {
@@ -133,6 +139,7 @@ Status HttpServer::ListenUnix() {
     Local::socket probe(sockets_->io);
     probe.connect(Local::endpoint(path), error);
     if (!error) return {StatusCode::kIo, what + ": another server listens there"};
+    if (error != asio::error::connection_refused) return Failed(what + ": who listens there cannot be told", error);
     unlink(path.c_str());
   }
   auto& acceptor = sockets_->acceptor;
@@ -140,6 +147,7 @@ Status HttpServer::ListenUnix() {
   error = {};
   acceptor.open(endpoint.protocol(), error);
   if (!error) acceptor.bind(endpoint, error);
+  bound_unix_socket_ = !error;
   if (!error) acceptor.listen(kBacklog, error);
   if (error) return Failed(what, error);
   address_ = "unix:" + path;
@@ -181,11 +189,11 @@ void HttpServer::Accept() {
       if (options_.unix_socket.empty()) socket.set_option(tcp::no_delay(true), ignored);
       socket.set_option(asio::socket_base::send_buffer_size(options_.limits.socket_send_bytes), ignored);
       const auto connection =
-          MakeConnection(std::move(socket), sockets_->tls.get(), callbacks_, options_.limits, held_, server_name_);
+          MakeConnection(std::move(socket), sockets_->tls.get(), callbacks_, options_.limits, held_, sockets_->headers);
       sockets_->connections.emplace(connection.get(), connection);
       if (present >= limit && sockets_->tls == nullptr) {
-        connection->Refuse(503, "too_many_connections",
-                           "the server has " + std::to_string(limit) + " connections, its limit");
+        connection->Refuse(
+            Unavailable("too_many_connections", "the server has " + std::to_string(limit) + " connections, its limit"));
       } else {
         connection->Start();
         if (present >= limit) connection->Close();

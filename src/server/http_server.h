@@ -20,7 +20,8 @@ namespace jointkv::server {
 class HttpServer {
  public:
   HttpServer(const ServerOptions& options, std::string server_name,
-             std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request);
+             std::function<void(HttpRequest, std::shared_ptr<ReplyChannel>)> on_request,
+             std::function<void(const HttpRequest&, const ApiError&, std::shared_ptr<ReplyChannel>)> on_refused);
   ~HttpServer();
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;
@@ -33,6 +34,9 @@ class HttpServer {
 
   void OnSignal(std::function<void(int signal)> callback);  // SIGINT and SIGTERM
   void OnTick(std::function<void(double now_s)> callback);  // several times a second
+
+  // Nothing that another server could trip over stays behind. The destructor does it too.
+  void RemoveSocketFile();
 
   void Run();   // until Stop
   void Stop();  // on the I/O thread
@@ -53,8 +57,8 @@ class HttpServer {
   void Tick();
 
   const ServerOptions& options_;
-  std::string server_name_;
   std::string address_;
+  bool bound_unix_socket_ = false;
   Connection::Callbacks callbacks_;
   std::function<void(double)> on_tick_;
   bool draining_ = false;

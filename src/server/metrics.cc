@@ -175,6 +175,10 @@ struct Metrics::Instruments {
   Counter& decode_seconds = AddCounter("jointkv_decode_seconds_total", "Time of steps, by the share of decoding rows.");
   Counter& prefill_tokens =
       AddCounter("jointkv_prefill_tokens_total", "Prompt tokens computed, also again after a preemption.");
+  Counter& shadow_runs = AddCounter("jointkv_shadow_runs_total", "Requests run again with exact KV and compared.");
+  Counter& shadow_tokens = AddCounter("jointkv_shadow_tokens_total", "Output tokens compared in shadow runs.");
+  Counter& shadow_dropped = AddCounter("jointkv_shadow_dropped_total",
+                                       "Requests sampled for the shadow check that were not compared in the end.");
   Histogram& shadow_kl = AddHistogram("jointkv_shadow_kl_nats",
                                       "KL(exact || served) per token, of requests run again with exact KV.", kKlBounds);
 
@@ -227,7 +231,12 @@ void Metrics::TokenEmitted(double inter_token_s) {
   instruments_->output_token.Observe(inter_token_s);
 }
 
-void Metrics::ShadowKl(double kl_nats) { instruments_->shadow_kl.Observe(kl_nats); }
+void Metrics::UpdateShadow(const engine::ShadowCheck::Stats& stats, const std::vector<double>& run_kls) {
+  for (const double kl_nats : run_kls) instruments_->shadow_kl.Observe(kl_nats);
+  Follow(instruments_->shadow_runs, stats.runs);
+  Follow(instruments_->shadow_tokens, stats.rows);
+  Follow(instruments_->shadow_dropped, stats.dropped);
+}
 
 void Metrics::Update(const engine::Engine& engine) {
   Instruments& m = *instruments_;
@@ -275,12 +284,12 @@ void Metrics::Update(const engine::Engine& engine) {
   m.worst_nmse.Set(fusion.worst_nmse);
   m.bytes_metadata.Set(static_cast<double>(kv.metadata_bytes + fusion.metadata_bytes));
 
-  const kv::SharingStats sharing = engine.cache().sharing_stats(kSlotsPerWalk);
+  const kv::SharingStats sharing = engine.sharing_stats(kSlotsPerWalk);
   for (int i = 0; i < kv::SharingStats::kReaderClasses; ++i) m.blocks[i]->Set(sharing.blocks[i]);
   m.slots_private.Set(sharing.private_slots);
   m.slots_prefix.Set(sharing.prefix_slots);
   m.slots_fused.Set(sharing.fused_slots);
-  const Compression compression = CompressionOf(engine.cache(), sharing);
+  const Compression compression = CompressionOf(kv, sharing);
   m.compression.Set(compression.total);
   m.factor_exact.Set(compression.exact_sharing);
   m.factor_fusion.Set(compression.fusion);

@@ -7,8 +7,10 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "engine/engine.h"
+#include "engine/shadow_check.h"
 
 namespace jointkv::server {
 
@@ -26,8 +28,8 @@ class Metrics {
   void TokenEmitted(double inter_token_s);
   // Takes the engine's counters over; walks its block tables at most once a second.
   void Update(const engine::Engine& engine);
-  // Mean KL(exact || served) in nats per token of one request that ran again with exact KV.
-  void ShadowKl(double kl_nats);
+  // Takes the shadow check's counters over, and the KL of the runs that have ended since.
+  void UpdateShadow(const engine::ShadowCheck::Stats& stats, const std::vector<double>& run_kls);
 
   // Prometheus text format 0.0.4.
   std::string Render() const;

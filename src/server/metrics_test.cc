@@ -175,7 +175,7 @@ TEST(Metrics, TokensAndShadowChecksAreObserved) {
   Metrics metrics(kModel);
   metrics.TokenEmitted(.03);
   metrics.TokenEmitted(.2);
-  metrics.ShadowKl(.002);
+  metrics.UpdateShadow({.runs = 1, .rows = 7, .dropped = 2}, {.002});
   const Exposition text(metrics.Render());
   for (const char* name : {"vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"}) {
     EXPECT_EQ(text.Value(std::string(name) + "_bucket{le=\"0.05\"}"), 1);
@@ -183,6 +183,9 @@ TEST(Metrics, TokensAndShadowChecksAreObserved) {
   }
   EXPECT_EQ(text.Value("jointkv_shadow_kl_nats_bucket{le=\"0.001\"}"), 0);
   EXPECT_EQ(text.Value("jointkv_shadow_kl_nats_bucket{le=\"0.003\"}"), 1);
+  EXPECT_EQ(text.Value("jointkv_shadow_runs_total"), 1);
+  EXPECT_EQ(text.Value("jointkv_shadow_tokens_total"), 7);
+  EXPECT_EQ(text.Value("jointkv_shadow_dropped_total"), 2);
 }
 
 double SumOf(const Exposition& text, const std::string& family) {

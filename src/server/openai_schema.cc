@@ -269,6 +269,12 @@ void ReadTools(const Json& body, std::string_view text, GenerationCall& call) {
   }
 }
 
+void ReadConversation(const Json& body, const Limits& limits, std::string_view text, GenerationCall& call) {
+  call.chat = true;
+  call.messages = Messages(body, limits);
+  ReadTools(body, text, call);
+}
+
 bool FusionSwitch(const Json& value) {
   if (value.is_boolean()) return value.get<bool>();
   if (value == "on" || value == "off") return value == "on";
@@ -341,13 +347,17 @@ std::vector<text::ChatMessage> Messages(const Json& body, const Limits& limits) 
   return messages;
 }
 
+GenerationCall ParseConversation(const Json& body, const Limits& limits, std::string_view text) {
+  GenerationCall call;
+  ReadConversation(body, limits, text, call);
+  return call;
+}
+
 GenerationCall ParseChat(const Json& body, const Limits& limits, std::string_view text) {
   RefuseUnsupported(body, true);
   GenerationCall call = ParseCommon(body, text);
-  call.chat = true;
   if (call.max_tokens_field.empty()) call.sampling.max_tokens = engine::SamplingLimits().max_tokens_max;
-  call.messages = Messages(body, limits);
-  ReadTools(body, text, call);
+  ReadConversation(body, limits, text, call);
   const bool logprobs = BoolOr(body, "logprobs", false);
   call.sampling.logprobs = logprobs ? 0 : -1;
   if (const Json* top = Find(body, "top_logprobs")) {

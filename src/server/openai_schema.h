@@ -56,6 +56,8 @@ GenerationCall ParseCompletion(const Json& body, const Limits& limits, std::stri
 
 GenerationCall ParseEmbedding(const Json& body, const Limits& limits);
 
+// The fields of a chat that its prompt is made of, alone.
+GenerationCall ParseConversation(const Json& body, const Limits& limits, std::string_view text = {});
 // The field `messages` of an object.
 std::vector<text::ChatMessage> Messages(const Json& body, const Limits& limits);
 

@@ -124,11 +124,11 @@ std::vector<TokenId> Encode(const std::string& text, const std::string& field, c
   return std::move(tokens).value();
 }
 
-std::vector<TokenId> EncodeMessages(const std::vector<text::ChatMessage>& messages, const ModelInfo& model,
-                                    bool add_generation_prompt) {
-  text::ChatOptions options;
+std::vector<TokenId> EncodeConversation(const GenerationCall& call, const ModelInfo& model,
+                                        bool add_generation_prompt) {
+  text::ChatOptions options = call.chat_options();
   options.add_generation_prompt = add_generation_prompt;
-  return EncodePrompt(Render(messages, {}, options, model), model);
+  return EncodePrompt(Render(call.messages, call.tools, options, model), model);
 }
 
 Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limits& limits, HeldBytes::Hold held) {

@@ -27,7 +27,7 @@ Prepared Prepare(const GenerationCall& call, const ModelInfo& model, const Limit
 // Refused without tokenising when it is certainly longer than the context.
 std::vector<TokenId> Encode(const std::string& text, const std::string& field, const ModelInfo& model,
                             bool add_special = true);
-std::vector<TokenId> EncodeMessages(const std::vector<text::ChatMessage>& messages, const ModelInfo& model,
-                                    bool add_generation_prompt);
+// The prompt of a chat's call.
+std::vector<TokenId> EncodeConversation(const GenerationCall& call, const ModelInfo& model, bool add_generation_prompt);
 
 }  // namespace jointkv::server

@@ -18,8 +18,9 @@ using Json = nlohmann::ordered_json;
 
 constexpr size_t kPathBytesMax = 200;
 
-// What a client sent, fit for a line of a log.
+// What a client sent, fit for a line of a log. Of a request that could not be read it may be nothing.
 std::string Printable(std::string_view text) {
+  if (text.empty()) return "-";
   std::string out;
   for (const char c : text.substr(0, kPathBytesMax)) out += c > ' ' && c < 0x7F && c != '"' ? c : '?';
   return out;
@@ -41,8 +42,9 @@ void RequestLog::Write(const RequestLine& line) {
     std::string text = fmt::format("{} {} {} {} {} {:.1f} ms", line.id, line.tenant.empty() ? "-" : line.tenant,
                                    Printable(line.method), Printable(line.path), line.status, line.duration_s * 1000);
     if (line.generates) {
-      text += fmt::format(", prompt {} cached {} output {}, ttft {:.1f} ms, {}", line.prompt_tokens, line.cached_tokens,
-                          line.output_tokens, line.ttft_s * 1000, line.finish);
+      const std::string ttft = line.ttft_s > 0 ? fmt::format("ttft {:.1f} ms, ", line.ttft_s * 1000) : "";
+      text += fmt::format(", prompt {} cached {} output {}, {}{}", line.prompt_tokens, line.cached_tokens,
+                          line.output_tokens, ttft, line.finish);
     }
     logger_->info(text);
     return;

@@ -31,10 +31,14 @@ class Server {
         log_(options.log_format),
         metrics_(ModelName(options, engine_options)),
         tenants_(std::move(tenants)),
-        http_(options, "jointkv/" + options.version,
-              [this](HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
-                api_.Handle(std::move(request), std::move(channel));
-              }),
+        http_(
+            options, "jointkv/" + options.version,
+            [this](HttpRequest request, std::shared_ptr<ReplyChannel> channel) {
+              api_.Handle(std::move(request), std::move(channel));
+            },
+            [this](const HttpRequest& request, const ApiError& error, std::shared_ptr<ReplyChannel> channel) {
+              api_.Refuse(request, error, std::move(channel));
+            }),
         engine_(engine_options, options.chat_template, options.shadow_rate, metrics_,
                 {[this](const Status& status) { http_.Post([this, status] { OnLoaded(status); }); },
                  [this](std::vector<Delivery>&& deliveries) {
@@ -74,20 +78,28 @@ class Server {
     }
     const std::string& warning = engine_.model().chat_template->warning();
     if (!warning.empty()) log_.Info(warning);
+    if (!engine_.model().chat_template->shows_tools()) {
+      log_.Info("the chat template shows the model no tools: where requests have some they are left out");
+    }
     api_.OnReady();
     log_.Info("ready: page " + http_.address() + "/, API " + http_.address() + "/v1, metrics " + http_.address() +
               "/metrics");
   }
 
   void OnSignal(int signal) {
-    if (drain_until_s_) std::_Exit(128 + signal);
+    if (drain_until_s_) ExitAtOnce(128 + signal);
     log_.Info("shutting down: " + std::to_string(http_.connections()) + " connections");
     // Loading cannot be interrupted, and nothing is open yet.
-    if (!loaded_) std::_Exit(EXIT_SUCCESS);
+    if (!loaded_) ExitAtOnce(EXIT_SUCCESS);
     drain_until_s_ = MonotonicSeconds() + options_.drain_timeout_s;
     api_.Drain();
     http_.Drain();
     OnTick(MonotonicSeconds());
+  }
+
+  [[noreturn]] void ExitAtOnce(int code) {
+    http_.RemoveSocketFile();
+    std::_Exit(code);
   }
 
   void OnTick(double now_s) {

@@ -13,8 +13,8 @@ std::string StatusJson(const engine::Engine& engine) {
   const kv::KvStats kv = engine.kv_stats();
   const joint::FusionStats fusion = engine.fusion_stats();
   const joint::FusionOptions& policy = engine.options().fusion;
-  const kv::SharingStats sharing = engine.cache().sharing_stats(kSlotsPerWalk);
-  const Compression compression = CompressionOf(engine.cache(), sharing);
+  const kv::SharingStats sharing = engine.sharing_stats(kSlotsPerWalk);
+  const Compression compression = CompressionOf(kv, sharing);
   return json({{"time_s", MonotonicSeconds()},
                {"max_context", engine.max_context()},
                {"max_running", engine.options().max_running},

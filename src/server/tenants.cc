@@ -3,6 +3,7 @@
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
 
+#include <algorithm>
 #include <fstream>
 #include <map>
 #include <sstream>
@@ -16,6 +17,7 @@ namespace {
 constexpr size_t kFileBytesMax = size_t{4} << 20;
 constexpr size_t kKeysMax = 10000;
 constexpr size_t kKeyBytesMin = 8;
+constexpr size_t kBytesPerToken = 4;  // of English text, about
 
 int64_t CountOr0(const Json& entry, const char* name, const std::string& field) {
   const Json* value = Find(entry, name);
@@ -119,6 +121,13 @@ std::optional<Caller> Tenants::Authenticate(std::string_view authorization) {
   }
   if (match == nullptr) return std::nullopt;
   return Caller{&tenants_[match->tenant], match->admin};
+}
+
+Use Tenants::Preparing(const Tenant& tenant, size_t body_bytes) const {
+  int64_t tokens = static_cast<int64_t>(std::max<size_t>(body_bytes / kBytesPerToken, 1));
+  tokens = std::min(tokens, limits_.queued_tokens_max);
+  if (tenant.limits.queued_tokens_max > 0) tokens = std::min(tokens, tenant.limits.queued_tokens_max);
+  return {.requests = 1, .queued_requests = 1, .queued_tokens = tokens};
 }
 
 std::optional<ApiError> Tenants::Enter(Tenant& tenant, const Use& use) {

@@ -59,6 +59,10 @@ class Tenants {
   // By an Authorization header. The time it takes does not depend on how much of a key is right.
   std::optional<Caller> Authenticate(std::string_view authorization);
 
+  // Of a request that is being prepared beside the I/O thread, while its tokens are not known: by the bytes of its
+  // body, and never more than may be queued at all.
+  Use Preparing(const Tenant& tenant, size_t body_bytes) const;
+
   // All or nothing. Leave gives back.
   std::optional<ApiError> Enter(Tenant& tenant, const Use& use);
   void Leave(Tenant& tenant, const Use& use);

@@ -110,6 +110,25 @@ TEST(Tenants, WhatCanNeverEnterIsABadRequest) {
             400);
 }
 
+// What is not counted yet must not be refused for ever.
+TEST(Tenants, WhatIsPreparedCountsByItsBytes) {
+  Limits limits;
+  limits.queued_tokens_max = 1000;
+  Tenants tenants = TestTenants(limits);
+  Tenant& alpha = *tenants.Authenticate("Bearer key-of-alpha-1")->tenant;
+  Tenant& beta = *tenants.Authenticate("Bearer key-of-beta-01")->tenant;
+  EXPECT_EQ(tenants.Preparing(beta, 0).queued_tokens, 1);
+  EXPECT_EQ(tenants.Preparing(beta, 400).queued_tokens, 100);
+  EXPECT_EQ(tenants.Preparing(beta, 1 << 20).queued_tokens, 1000);
+  const Use most = tenants.Preparing(alpha, 1 << 20);
+  EXPECT_EQ(most.queued_tokens, 100) << "the tenant's own limit";
+  EXPECT_FALSE(tenants.Enter(alpha, most));
+  EXPECT_EQ(tenants.Enter(alpha, most)->status, 429);
+  EXPECT_EQ(tenants.Enter(beta, tenants.Preparing(beta, 1 << 20))->status, 503);
+  tenants.Leave(alpha, most);
+  EXPECT_FALSE(tenants.Enter(beta, tenants.Preparing(beta, 1 << 20)));
+}
+
 TEST(Tenants, TheQueueIsForAll) {
   Limits limits;
   limits.queued_requests_max = 2;

@@ -8,6 +8,7 @@
 
 #include "text/chat_format.h"
 #include "text/client_text.h"
+#include "text/cut_json.h"
 #include "text/detokenizer.h"
 #include "text/json_schema.h"
 #include "text/template_guard.h"
@@ -140,6 +141,19 @@ void HoldToChoice(const common_chat_templates_inputs& inputs, bool thinks, std::
   if (gbnf.compare(end, 1, "?") == 0) gbnf.erase(until, end + 1 - until);
 }
 
+// Arguments that are no JSON, of a call that was cut off, as far as they are complete. False: there were none.
+bool CompleteArguments(common_chat_templates_inputs& inputs) {
+  bool any = false;
+  for (common_chat_msg& message : inputs.messages) {
+    for (common_chat_tool_call& call : message.tool_calls) {
+      if (IsJson(call.arguments)) continue;
+      call.arguments = CompletedJson(call.arguments);
+      any = true;
+    }
+  }
+  return any;
+}
+
 // Only then do the library's adaptations to a model's tool format matter; they cost many renderings of the template.
 bool UsesTools(std::span<const ChatMessage> messages, std::span<const Tool> tools) {
   return !tools.empty() || std::any_of(messages.begin(), messages.end(), [](const ChatMessage& message) {
@@ -153,6 +167,7 @@ struct ChatTemplate::Parsed {
   common_chat_templates_ptr templates;
   std::vector<std::string> stops;
   bool thinks = false;
+  bool shows_tools = false;
   std::vector<std::string> thought_marks;
   std::optional<ClientText> client_text;
 
@@ -168,6 +183,16 @@ struct ChatTemplate::Parsed {
     return common_chat_templates_apply(templates.get(), inputs);
   }
 
+  // As for a conversation with tools. A template that fails on this one shows none.
+  bool ShowsTools() const try {
+    constexpr char kName[] = "name_of_a_tool";
+    const Tool tool{kName, "Does it.", R"({"type":"object","properties":{}})"};
+    const auto inputs = MakeInputs({{{.role = "user", .content = "Hello"}}, {tool}}, {});
+    return Apply(inputs, true).prompt.find(kName) != std::string::npos;
+  } catch (const std::exception&) {
+    return false;
+  }
+
   // Parses `source` ("" for the model's own) and renders one exchange. Throws what the library throws.
   static std::unique_ptr<Parsed> Make(const llama_model* model, const std::string& source) {
     auto out = std::make_unique<Parsed>();
@@ -179,6 +204,7 @@ struct ChatTemplate::Parsed {
     out->thinks = adapted.supports_thinking;
     out->thought_marks = adapted.thinking_end_tags;
     out->thought_marks.push_back(adapted.thinking_start_tag);
+    out->shows_tools = out->ShowsTools();
     return out;
   }
 };
@@ -187,6 +213,7 @@ ChatTemplate::ChatTemplate(const Tokenizer& tokenizer, std::unique_ptr<Parsed> p
     : tokenizer_(&tokenizer), parsed_(std::move(parsed)) {
   source_ = common_chat_templates_source(parsed_->templates.get());
   thinks_ = parsed_->thinks;
+  shows_tools_ = parsed_->shows_tools;
   parsed_->client_text.emplace(tokenizer, parsed_->thought_marks);
   const auto letter = tokenizer.Encode("a", false, false);
   begins_with_space_ = letter.ok() && tokenizer.Decode(*letter, false).starts_with(' ');
@@ -257,7 +284,14 @@ Expected<ChatPrompt> ChatTemplate::Render(std::span<const ChatMessage> messages,
     ASSIGN_OR_RETURN(out.grammar.gbnf, JsonSchemaToGbnf(options.json_schema, "json_schema"));
     if (adapts) inputs.json_schema = options.json_schema;
   }
-  common_chat_params params = parsed_->Apply(inputs, adapts);
+  common_chat_params params;
+  try {
+    params = parsed_->Apply(inputs, adapts);
+  } catch (const std::exception&) {
+    // A template that takes arguments as a text has had them as they are; one that wants an object has not.
+    if (!CompleteArguments(inputs)) throw;
+    params = parsed_->Apply(inputs, adapts);
+  }
   if (!mark.empty()) {
     out.breaks = ClientText::TakeOut(mark, params.prompt);
     ClientText::TakeOut(mark, params.grammar);

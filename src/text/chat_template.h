@@ -29,7 +29,7 @@ namespace jointkv::text {
 struct ToolCall {
   std::string id;
   std::string name;
-  std::string arguments_json;
+  std::string arguments_json;  // may be cut off, as an output may be
 };
 
 struct ChatMessage {
@@ -90,6 +90,9 @@ class ChatTemplate {
   Expected<ChatPrompt> Render(std::span<const ChatMessage> messages, std::span<const Tool> tools = {},
                               const ChatOptions& options = {}) const;
 
+  // False: it leaves tools out, so that the model cannot know of them.
+  bool shows_tools() const { return shows_tools_; }
+
   // Render and Encode with exactly one beginning-of-sequence token where the model wants one.
   Expected<std::vector<TokenId>> EncodeChat(std::span<const ChatMessage> messages, std::span<const Tool> tools = {},
                                             const ChatOptions& options = {}) const;
@@ -119,6 +122,7 @@ class ChatTemplate {
   std::string warning_;
   bool is_fallback_ = false;
   bool thinks_ = false;
+  bool shows_tools_ = false;
   bool begins_with_space_ = false;  // the tokenizer puts a space before a text
 };
 

@@ -85,6 +85,34 @@ TEST_F(ChatTemplateTest, ToolsAndToolCallsRender) {
   EXPECT_NE(prompt->text.find("sunny"), std::string::npos);
 }
 
+// As it is where the template takes a text; where it wants an object, what is complete of it.
+TEST_F(ChatTemplateTest, CallsThatWereCutOffRender) {
+  const auto render = [&](const std::string& arguments_in_template, const std::string& arguments) {
+    const auto chat =
+        Make("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}<{{ c.function.name }} " +
+             arguments_in_template + ">{% endfor %}\n{% endfor %}");
+    const std::vector<ChatMessage> messages = {
+        kUser, {.role = "assistant", .content = "", .tool_calls = {{"call_1", "get_weather", arguments}}}, kUser};
+    const auto prompt = chat->Render(messages);
+    EXPECT_TRUE(prompt.ok()) << prompt.status().ToString();
+    return prompt.ok() ? prompt->text : "";
+  };
+  constexpr char kAsText[] = "{{ c.function.arguments }}";
+  constexpr char kAsObject[] = "{{ c.function.arguments | tojson }}";
+  constexpr char kByField[] = "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}";
+  EXPECT_NE(render(kAsText, R"({"city": "Ber)").find(R"(<get_weather {"city": "Ber>)"), std::string::npos);
+  EXPECT_NE(render(kAsObject, R"({"city": "Bern", "da)").find(R"({"city": "Bern"}>)"), std::string::npos);
+  EXPECT_NE(render(kByField, R"({"city": "Ber)").find("<get_weather city=Ber;>"), std::string::npos);
+  EXPECT_NE(render(kByField, "nonsense").find("<get_weather >"), std::string::npos);
+}
+
+TEST_F(ChatTemplateTest, SaysWhetherToolsAreShown) {
+  EXPECT_FALSE(Make()->shows_tools());
+  EXPECT_TRUE(
+      Make("{% for t in tools %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}")
+          ->shows_tools());
+}
+
 TEST_F(ChatTemplateTest, OwnTemplateSeesTools) {
   const auto chat = Make(
       "{% if tools %}TOOLS{% for t in tools %} {{ t.function.name }}:{{ t.function.parameters | tojson }}{% endfor %}\n"

@@ -107,6 +107,7 @@ class Tab:
     def show_as(self, width=1440, height=900, dark=False, phone=False):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1,
                   mobile=phone)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         self.call("Emulation.setEmulatedMedia",
                   features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
@@ -136,8 +137,16 @@ class Tab:
         box = self.run(f"""(() => {{ const node = document.querySelector({json.dumps(selector)});
             node.scrollIntoView({{block: 'nearest'}}); const box = node.getBoundingClientRect();
             return [box.x + box.width / 2, box.y + box.height / 2]; }})()""")
+        self.click_at(*box)
+
+    def click_at(self, x, y):
         for kind in ["mousePressed", "mouseReleased"]:
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def tap_at(self, x, y):
+        """With a finger: the tab must look like a phone's."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def hover(self, x, y):
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -255,6 +255,87 @@ class PageTest(unittest.TestCase):
         self.assertEqual(tab.run("""[...document.querySelectorAll('input, textarea, button')].filter((node) =>
             !(node.labels?.length || node.textContent.trim() || node.ariaLabel)).map((node) => node.id)"""), [])
 
+    def test_escape_stops_only_where_it_is_meant(self):
+        tab = self.open()
+        self.set(tab, "max_tokens", 4000)
+        self.set(tab, "temperature", 1.5)
+        self.ask(tab, STORY)
+        tab.wait("document.querySelector('.message.assistant .text')?.textContent.length > 20")
+        running = "document.querySelector('[aria-busy]') && !document.querySelector('.facts')"
+        tab.run("document.getElementById('settings').open = true")
+        for field in ["seed", "system"]:
+            tab.run(f"document.getElementById('{field}').focus()")
+            tab.press("Escape")
+        tab.run("document.querySelector('#settings summary').focus()")
+        tab.press("Escape")
+        tab.run("document.getElementById('prompt').focus()")
+        tab.call("Input.imeSetComposition", text="に", selectionStart=1, selectionEnd=1)
+        tab.press("Escape")
+        tab.call("Input.imeSetComposition", text="", selectionStart=0, selectionEnd=0)
+        tab.run("""document.getElementById('prompt').addEventListener('keydown',
+            (event) => event.preventDefault(), {once: true})""")
+        tab.press("Escape")
+        self.assertTrue(tab.run(running))
+        tab.press("Escape")
+        tab.wait("document.querySelector('.facts')?.textContent === 'Stopped.'")
+        self.wait_for_idle()
+        self.assert_no_complaints(tab)
+
+    def test_the_map_tells_of_what_is_pointed_at(self):
+        for look in [{}, {"width": 390, "height": 844, "phone": True}]:
+            tab = self.open(**look)
+            self.set(tab, "max_tokens", 4000)
+            self.set(tab, "temperature", 1.5)
+            self.ask(tab, STORY)
+            point = tab.tap_at if look else tab.click_at
+            if look:
+                tab.click("#view-memory")
+            tab.wait("document.querySelector('#map canvas')?.width > 0")
+            for share, layer in [(0, 0), (0.5, 15), (1, 29)]:  # of 30
+                x, y = tab.run(f"""(() => {{ const node = document.querySelector('#map canvas');
+                    node.scrollIntoView({{block: 'center'}}); const box = node.getBoundingClientRect();
+                    return [box.x + 1, box.y + 1 + {share} * (box.height - 2)]; }})()""")
+                point(x, y)
+                tab.wait(f"document.getElementById('readout').textContent.includes(', layer {layer}, block 0 ')")
+            self.assertRegex(tab.text("#readout"), r"^Request \d+, layer 29, block 0 \(tokens 0 to \d+\): K \w+.*, \d+ reader")
+            if look:
+                tab.click("#view-chat")
+            tab.run("document.getElementById('stop').click()")
+            self.wait_for_idle()
+            self.assert_no_complaints(tab)
+
+    def test_charts_stay_in_their_boxes(self):
+        tab = self.open()
+        self.set(tab, "max_tokens", 60)
+        self.ask(tab, STORY)
+        tab.wait("document.querySelectorAll('#chart-memory polyline').length > 0")
+        outside = """(root) => { const { width, height } = root.viewBox.baseVal; return [...root.children].filter((node) => {
+            const box = node.getBBox();
+            return box.x < 0 || box.y < 0 || box.x + box.width > width || box.y + box.height > height; })
+            .map((node) => node.outerHTML); }"""
+        for chart in ["chart-memory", "chart-compression"]:
+            self.assertEqual(tab.run(f"({outside})(document.getElementById('{chart}'))"), [])
+        # Whatever the values: gaps, single points, less than the floor, leaps, time that goes on and starts anew.
+        found = tab.run(f"""(async () => {{
+            const {{ Chart }} = await import('/page/chart.js');
+            const root = document.getElementById('chart-memory').cloneNode();
+            document.querySelector('figure').append(root);
+            const found = [];
+            for (const [floor, base, values] of [[1, 10, [1, 1.001, null, 0.3, null, 9.99, 10.01, 250]],
+                                                 [0, 1024, [0, null, 5, 1e12, null, 1, 1024 ** 3 * 1.0005, 999]]]) {{
+                const chart = new Chart(root, String, floor, base);
+                for (let time = 0; time < 400; time += 7) {{
+                    const value = values[(time / 7) % values.length];
+                    chart.add(time % 300, {{ 'physical-line': value, 'logical-line': value === null ? null : 2 * value }});
+                    found.push(...({outside})(root));
+                }}
+            }}
+            root.remove();
+            return found;
+        }})()""")
+        self.assertEqual(found, [])
+        self.assert_no_complaints(tab)
+
     def test_a_server_with_keys_asks_for_one(self):
         with tempfile.TemporaryDirectory() as scratch:
             keys = pathlib.Path(scratch) / "keys.json"

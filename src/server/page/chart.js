@@ -76,7 +76,7 @@ export class Chart {
     }
     const nodes = [];
     for (const run of runs.filter((points) => points.length > 0)) {
-      if (run.length === 1) run.push([run[0][0] + 1, run[0][1]]);
+      if (run.length === 1) run.unshift([Math.max(LEFT, run[0][0] - 1), run[0][1]]);
       const path = run.map(([a, b]) => `${a.toFixed(1)},${b.toFixed(1)}`).join(' ');
       if (name === 'physical-line') {
         const base = y(this.floor);

@@ -30,7 +30,9 @@ export class Chat {
     byId('stop').addEventListener('click', () => this.abort?.abort());
     byId('clear').addEventListener('click', () => this.clear());
     document.addEventListener('keydown', (event) => {
-      if (event.key === 'Escape') this.abort?.abort();
+      // Not where it ends a composition, was handled, or is meant for a field of the settings.
+      if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
+      if (!document.activeElement?.closest('#settings')) this.abort?.abort();
     });
     for (const button of document.querySelectorAll('.suggestion')) {
       button.addEventListener('click', () => this.send(button.textContent));

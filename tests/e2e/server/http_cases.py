@@ -1,11 +1,14 @@
 """The API on bare sockets: each field wrong in each way, and clients that are hostile or clumsy."""
 
+import datetime
+import email.utils
 import json
 import unittest
 
 from support import Server, answers, events, request
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+ORIGIN = "https://a.example"
 BASE = {CHAT: {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
         COMPLETION: {"prompt": "Hello", "max_tokens": 2}}
 
@@ -60,7 +63,7 @@ class Case(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.server = Server("--max-body-bytes", "64K", "--max-header-bytes", "4K", "--header-timeout-s", 2,
-                            "--body-timeout-s", 2, "--idle-timeout-s", 2, "--deterministic")
+                            "--body-timeout-s", 2, "--idle-timeout-s", 2, "--deterministic", "--cors-origin", ORIGIN)
 
     @classmethod
     def tearDownClass(cls):
@@ -150,6 +153,8 @@ class Protocol(Case):
                 ("DELETE", "/v1/models", 405), ("POST", "/health", 405), ("GET", "/v1/models/", 404),
                 ("GET", "/v1", 404), ("GET", "/../etc/passwd", 404), ("GET", "/%2e%2e/x", 404), ("BREW", "/health", 405),
                 ("GET", "/health?x=1", 200), ("GET", "/ready", 200), ("GET", "/version", 200), ("GET", "/v1/models", 200),
+                ("GET", "http://localhost/health", 200), ("GET", "HTTP://elsewhere:99/v1/models?x=/y", 200),
+                ("GET", "http://localhost", 200), ("GET", "https://localhost/nowhere", 404), ("GET", "ftp://a/health", 404),
                 ("GET", "/metrics", 200), ("HEAD", "/health", 200), ("OPTIONS", CHAT, 204), ("OPTIONS", "/nowhere", 404)]:
             with self.subTest(method=method, path=path):
                 with self.server.connect() as client:
@@ -200,6 +205,47 @@ class Protocol(Case):
                 self.assertEqual([answer[0] for answer in got], [status])
                 self.assert_error(got[0], status)
                 self.assertEqual(got[0][1]["connection"], "close")
+
+    def test_refusals_are_answers_like_others(self):
+        def sent(name, *headers, body=b"{}"):
+            return request("POST", CHAT, body, [("X-Request-Id", name), ("Origin", ORIGIN), *headers])
+
+        for name, data, status in [
+                ("no-host", b"POST /v1/chat/completions HTTP/1.1\r\nX-Request-Id: no-host\r\nOrigin: %b\r\n\r\n" %
+                 ORIGIN.encode(), 400),
+                ("long", sent("long", ("Content-Length", "100000")), 413),
+                ("chunks", sent("chunks", ("Transfer-Encoding", "chunked"), body=b"zz\r\n"), 400),
+                ("slow", sent("slow", ("Content-Length", "100")), 408)]:
+            with self.subTest(name=name):
+                (got, headers, _), = self.server.raw(data)
+                self.assertEqual(got, status)
+                self.assertEqual(headers["x-request-id"], name)
+                self.assertEqual(headers["access-control-allow-origin"], ORIGIN)
+                self.server.wait_until(lambda: any(f" {name} - POST {CHAT} {status} " in line for line in self.server.lines),
+                                       "its line in the log")
+        # Of which nothing is known.
+        (status, headers, _), = self.server.raw(b"nonsense\r\n\r\n")
+        self.assertTrue(headers["x-request-id"].startswith("req-"))
+        self.server.wait_until(lambda: any(f" {headers['x-request-id']} - - - 400 " in line for line in self.server.lines),
+                               "its line in the log")
+
+    def test_dates(self):
+        for data in (request("GET", "/health", headers=[("Connection", "close")]), b"nonsense\r\n\r\n",
+                     request("POST", CHAT, {**BASE[CHAT], "stream": True}, [("Connection", "close")])):
+            (_, headers, _), = self.server.raw(data)
+            date = email.utils.parsedate_to_datetime(headers["date"])
+            now = datetime.datetime.now(datetime.timezone.utc)
+            self.assertLess(abs((now - date).total_seconds()), 60)
+
+    def test_empty_lines_before_a_request(self):
+        data = b"\r\n" + request("GET", "/health") + b"\r\n\r\n" + request("GET", "/version") + b"\n" + \
+            request("GET", "/health", headers=[("Connection", "close")])
+        self.assertEqual([answer[0] for answer in self.server.raw(data)], [200, 200, 200])
+        with self.server.connect() as client:
+            for byte in b"\r\n\r\n" + request("GET", "/health", headers=[("Connection", "close")]):
+                client.sendall(bytes([byte]))
+            self.assertEqual(next(answers(client))[0], 200)
+        self.assertEqual(self.server.raw(b"\r\n"), [])  # idle: closed without a word
 
     def test_smuggling_is_refused(self):
         both = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"

@@ -98,6 +98,28 @@ class Leaving(unittest.TestCase):
             self.server.wait_until(lambda: self.server.use()["running"] == 1, "the request to run")
         self.server.wait_until(lambda: self.server.use()["running"] == 0, "the request to end")
 
+    def test_a_client_that_has_sent_more_is_seen_leaving(self):
+        def running(count):
+            return lambda: self.server.use()["running"] == count
+
+        ahead = request("POST", COMPLETION, b"x" * 60_000)  # less than a connection reads ahead
+        for abrupt in (False, True):
+            with self.server.connect() as client:
+                client.sendall(request("POST", COMPLETION, {**LONG, "stream": not abrupt}) + ahead)
+                self.server.wait_until(running(1), "the request to run")
+                if abrupt:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.server.wait_until(running(0), "the request to end")
+
+    def test_a_client_that_sends_far_ahead_is_cut(self):
+        with self.server.connect() as client:
+            client.sendall(request("POST", COMPLETION, {**LONG, "stream": True}))
+            self.server.wait_until(lambda: self.server.use()["running"] == 1, "the request to run")
+            with contextlib.suppress(ConnectionError):
+                client.sendall(request("POST", COMPLETION, b"x" * 400_000))
+            self.server.wait_until(lambda: self.server.use()["running"] == 0, "the client to be cut")
+        self.server.wait_until(lambda: any(" 499 " in line for line in self.server.lines), "its line in the log")
+
     def test_queued_requests_are_cancelled_too(self):
         with contextlib.ExitStack() as stack:
             for _ in range(80):  # more than run at once
@@ -200,6 +222,28 @@ class Crowds(unittest.TestCase):
             self.assertEqual(json.loads(body)["error"]["code"], "too_many_connections")
         server.wait_until(lambda: server.raw(request("GET", "/health", headers=[("Connection", "close")]))[0][0] == 200,
                           "room")
+
+    def test_what_is_being_prepared_counts_as_queued(self):
+        server = Server("--max-queued-requests", 2, "--max-body-bytes", "4M")
+        self.addCleanup(stop, server)
+        # Takes long to read, and is too long for the context.
+        data = request("POST", COMPLETION, {"prompt": [5] * 1_000_000, "max_tokens": 1}, [("Connection", "close")])
+        self.assertEqual(server.raw(data)[0][0], 400)
+        got = []
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(server.connect()) for _ in range(12)]
+            for client in clients:
+                client.sendall(data[:-1])
+            time.sleep(0.5 * SLOW)
+            for client in clients:
+                client.sendall(data[-1:])
+            for client in clients:
+                (status, headers, body), = answers(client)
+                got.append((status, json.loads(body)["error"]["code"]))
+                self.assertEqual("retry-after" in headers, status == 503)
+        self.assertEqual(set(got), {(400, "context_length_exceeded"), (503, "overloaded")}, got)
+        self.assertGreaterEqual(got.count((400, "context_length_exceeded")), 1)
+        self.assertEqual(server.post(COMPLETION, {"prompt": "a", "max_tokens": 1})[0], 200)
 
     def test_the_queue_is_limited(self):
         server = Server("--max-queued-requests", 2, "--max-queued-tokens", 1000, "--max-running", 1)
@@ -419,7 +463,38 @@ class Sockets(unittest.TestCase):
                 server.stop()
                 self.assertTrue(place.exists())
             server = Server(address=("--unix-socket", place))
+            done = subprocess.run([PROGRAM, "serve", "--unix-socket", str(place), *KV], capture_output=True, encoding="utf-8",
+                                  timeout=60 * SLOW)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("another server listens there", done.stderr)
+            self.assertTrue(place.exists())
             stop(server)
+            self.assertFalse(place.exists())
+
+    def test_no_socket_file_stays_behind(self):
+        with scratch() as path:
+            place = path / "server.sock"
+            (path / "file").write_text("x")
+            # The model does not load.
+            done = subprocess.run([PROGRAM, "serve", "--unix-socket", str(place), *KV, "-m", str(path / "file")],
+                                  capture_output=True, encoding="utf-8", timeout=60 * SLOW)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("listening on", done.stderr)
+            self.assertFalse(place.exists())
+            # A signal while it loads, or shortly after.
+            server = Server(address=("--unix-socket", place), ready=False)
+            self.assertTrue(place.exists())
+            stop(server)
+            self.assertFalse(place.exists())
+            # A second signal.
+            server = Server(address=("--unix-socket", place))
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(place))
+                client.sendall(request("POST", COMPLETION, {**LONG, "stream": True}))
+                self.assertTrue(client.recv(100))
+                server.process.send_signal(signal.SIGTERM)
+                server.wait_until(lambda: any("shutting down" in line for line in server.lines), "the drain")
+                self.assertEqual(server.stop(signal.SIGTERM), 128 + signal.SIGTERM)
             self.assertFalse(place.exists())
 
     def test_tls(self):
@@ -483,3 +558,7 @@ class Sockets(unittest.TestCase):
             row = json.loads(next(line for line in server.lines if '"me"' in line))
             self.assertEqual((row["request_id"], row["status"], row["tenant"], row["output_tokens"]), ("me", 200, "local", 2))
             self.assertFalse(any("secret" in line for line in server.lines))
+            self.assertGreater(row["ttft_ms"], 0)
+            self.assertEqual(server.post("/v1/embeddings", {"input": "Hello"}, [("X-Request-Id", "vector")])[0], 200)
+            server.wait_until(lambda: any('"vector"' in line for line in server.lines), "the log")
+            self.assertIsNone(json.loads(next(line for line in server.lines if '"vector"' in line))["ttft_ms"])

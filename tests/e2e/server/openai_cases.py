@@ -229,6 +229,10 @@ class OpenAi(ClientCase):
             return dot / (sum(p * p for p in x) * sum(q * q for q in y)) ** 0.5
         self.assertGreater(cosine(a, b), cosine(a, c))
         self.assertGreater(answer.usage.prompt_tokens, 15)
+        def lines():
+            return [line for line in self.server.lines if "POST /v1/embeddings 200" in line]
+        self.server.wait_until(lines, "their lines in the log")
+        self.assertFalse([line for line in lines() if "ttft" in line])
         for fields, param in (({"input": []}, "input"), ({"input": "a", "dimensions": 5}, "dimensions"),
                               ({"input": "a", "extra_body": {"kv_fusion": 5}}, "kv_fusion")):
             with self.assertRaises(openai.BadRequestError) as caught:
@@ -240,6 +244,14 @@ class OpenAi(ClientCase):
         try:
             with_shadow.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4, "ignore_eos": True})
             with_shadow.wait_until(lambda: with_shadow.metric("jointkv_shadow_kl_nats_count") >= 1, "a shadow run")
+            # Nothing else counts it.
+            for name, value in [("jointkv_shadow_runs_total", 1), ("jointkv_shadow_tokens_total", 4),
+                                ("jointkv_shadow_dropped_total", 0), ("vllm:generation_tokens_total", 4),
+                                ("vllm:request_prompt_tokens_count", 1), ("vllm:e2e_request_latency_seconds_count", 1)]:
+                self.assertEqual(with_shadow.metric(name), value, name)
+            prompt_tokens = with_shadow.metric("vllm:request_prompt_tokens_sum")
+            for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total", "jointkv_prefill_tokens_total"):
+                self.assertEqual(with_shadow.metric(name), prompt_tokens, name)
         finally:
             self.assertEqual(with_shadow.stop(), 0)
 

@@ -50,5 +50,5 @@ if __name__ == "__main__":
     from http_cases import Fields, Protocol, Streams  # noqa: F401
     from lifecycle_cases import Crowds, Ends, Leaving, SlowClients, Sockets, TenantsCase, TwoTenants  # noqa: F401
     from openai_cases import OpenAi  # noqa: F401
-    from tool_cases import Tools  # noqa: F401
+    from tool_cases import Tools, ToolsUnseen  # noqa: F401
     unittest.main(verbosity=2)

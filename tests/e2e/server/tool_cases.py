@@ -105,9 +105,59 @@ class Tools(ClientCase):
                             max_tokens=20, tool_choice="none").choices
         self.assertTrue(answer.message.content)
 
+    def test_a_call_that_was_cut_off_goes_back(self):
+        def cut(max_tokens):
+            choice, = self.chat(tool_choice="required", parallel_tool_calls=False, max_tokens=max_tokens).choices
+            return choice.finish_reason == "length" and choice.message.tool_calls and choice.message
+
+        message = next(filter(None, map(cut, range(8, 60, 4))))
+        call, = message.tool_calls
+        with self.assertRaises(ValueError):
+            json.loads(call.function.arguments)
+        for arguments in (call.function.arguments, '{"city": "Be', "nonsense", "{", '{"a": "\\'):
+            call.function.arguments = arguments
+            with self.subTest(arguments=arguments):
+                answer, = self.chat(messages=[*QUESTION, message, {"role": "user", "content": "Go on."}], max_tokens=5,
+                                    tool_choice="none").choices
+                self.assertIsNotNone(answer.message.content)
+
+    def test_tokenize_counts_what_a_chat_has(self):
+        for fields in ({}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "time"}}},
+                       {"tools": TOOLS, "messages": [*QUESTION, {"role": "assistant", "tool_calls": [
+                           {"id": "a", "type": "function", "function": {"name": "time", "arguments": '{"city": "Bern"}'}}]},
+                           {"role": "tool", "tool_call_id": "a", "content": "Noon."}]},
+                       {"chat_template_kwargs": {"enable_thinking": False}}):
+            with self.subTest(fields=fields):
+                body = {"messages": QUESTION, "max_tokens": 1, **fields}
+                usage = json.loads(self.server.post("/v1/chat/completions", body)[2])["usage"]
+                status, _, tokenized = self.server.post("/tokenize", body)
+                self.assertEqual((status, json.loads(tokenized).get("count")), (200, usage["prompt_tokens"]), tokenized)
+        status, _, body = self.server.post("/tokenize", {"messages": QUESTION, "tools": [{"type": "function"}]})
+        self.assertEqual((status, json.loads(body)["error"]["param"]), (400, "tools[0].function"))
+
+    def test_tools_that_are_shown_are_not_called_ignored(self):
+        _, headers, _ = self.server.post("/v1/chat/completions", {"messages": QUESTION, "tools": TOOLS, "max_tokens": 1})
+        self.assertNotIn("x-jointkv-ignored", headers)
+
     def test_a_schema_that_cannot_be_is_refused(self):
         for schema in ({"type": "nonsense"}, {"$ref": "#/nowhere"}):
             bad = {"type": "function", "function": {"name": "bad", "parameters": schema}}
             with self.subTest(schema=schema), self.assertRaises(openai.BadRequestError) as caught:
                 self.chat(tools=[bad], tool_choice="required")
             self.assertEqual(caught.exception.param, "tools")
+
+
+class ToolsUnseen(ClientCase):
+    """The model file's own template, which knows no tools."""
+
+    def test_it_is_said(self):
+        self.assertTrue(any("shows the model no tools" in line for line in self.server.lines), self.server.lines)
+        for choice, stream in [("auto", False), ("auto", True), ("none", False)]:
+            body = {"messages": QUESTION, "tools": TOOLS, "tool_choice": choice, "max_tokens": 4, "stream": stream}
+            status, headers, _ = self.server.post("/v1/chat/completions", body)
+            self.assertEqual((status, headers.get("x-jointkv-ignored")), (200, "tools"))
+        status, headers, _ = self.server.post("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 4})
+        self.assertEqual((status, headers.get("x-jointkv-ignored")), (200, None))
+        status, headers, body = self.server.post("/v1/chat/completions", {
+            "messages": QUESTION, "tools": TOOLS, "tool_choice": "required", "max_tokens": 4})
+        self.assertEqual((status, json.loads(body)["error"]["param"]), (400, "tool_choice"))
