@@ -51,7 +51,7 @@ struct LayerAnalysis {
 
 struct AnalysisOptions {
   size_t pairs = 300;  // of each sort, layer and kind
-  float budget = 0.05F;
+  float budget = 0.06F;
   float threshold = 0.7F;
   uint64_t seed = 1;
 };

@@ -119,7 +119,7 @@ TEST(AnalyzeReportTest, TableJsonAndPictureHaveEveryLayer) {
   ASSERT_EQ(json["results"].size(), 60U);
   EXPECT_EQ(json["results"][1]["kind"], "V");
   EXPECT_EQ(json["results"][1]["nmse"]["equal"]["within_budget"], 0.5);
-  EXPECT_EQ(json["budget"], 0.05);
+  EXPECT_EQ(json["budget"], 0.06);
   const auto rows = [&](bool all) {
     const std::string table = ToTable(context, analysis, all);
     return std::count(table.begin(), table.end(), '\n');

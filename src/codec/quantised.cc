@@ -121,9 +121,9 @@ void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte
                  const std::byte* mean, std::byte* out, int mean_cap) {
   CheckArgs(source, to, cap);
   CHECK(tokens >= 0 && tokens <= cap);
-  const auto encode = HasAvx512Kernels(source.head_dim)      ? EncodeHeadAvx512
-                      : HasAvx2Kernels(source.head_dim, cap) ? EncodeHeadAvx2
-                                                             : EncodeHeadPortable;
+  const auto encode = HasAvx512Kernels(source.head_dim) ? EncodeHeadAvx512
+                      : HasAvx2Kernels(source.head_dim) ? EncodeHeadAvx2
+                                                        : EncodeHeadPortable;
   const BlockLayout target{source.n_kv_heads, source.head_dim, to};
   for (int head = 0; head < source.n_kv_heads; ++head) {
     encode({kind, to, source.head_dim, cap, HeadOf(source, mean, mean_cap, head), mean_cap},
@@ -136,9 +136,9 @@ void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte
 void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
                 const std::byte* mean, std::byte* out, int mean_cap) {
   CheckArgs(layout, from, cap);
-  const auto decode = HasAvx512Kernels(layout.head_dim)      ? DecodeHeadAvx512
-                      : HasAvx2Kernels(layout.head_dim, cap) ? DecodeHeadAvx2
-                                                             : DecodeHeadPortable;
+  const auto decode = HasAvx512Kernels(layout.head_dim) ? DecodeHeadAvx512
+                      : HasAvx2Kernels(layout.head_dim) ? DecodeHeadAvx2
+                                                        : DecodeHeadPortable;
   const BlockLayout source{layout.n_kv_heads, layout.head_dim, from};
   decode({kind, from, layout.head_dim, cap, mean, mean_cap}, block + source.head_offset(head, cap), out);
 }

@@ -16,8 +16,10 @@ namespace {
 
 constexpr int kStep = 8;  // tokens, or channels, of one vector of floats
 
+constexpr int kLevelStep = 16;  // tokens of one vector of levels
+
 struct Levels {
-  alignas(64) int16_t x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens)
+  alignas(64) int16_t x[kQuantisedHeadDimMax][kLanes];  // (channels, tokens), whole vectors of cap tokens
 };
 
 inline __m256i Load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
@@ -42,7 +44,7 @@ void LoadLevels(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
       const __m256i level = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, i * kBits), mask));
       int16_t* out = levels.x[row * kPerByte + i];
       Store(out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(level)));
-      Store(out + 16, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(level, 1)));
+      if (args.cap > kLevelStep) Store(out + kLevelStep, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(level, 1)));
     }
   }
 }
@@ -64,10 +66,10 @@ inline __attribute__((always_inline)) void Butterflies(__m256i (&v)[kN]) {
 
 // log2(kN) stages of H among channels that lie `distance` apart, in each part of kN * distance channels.
 template <int kN>
-void Stages(int head_dim, int distance, Levels& levels) {
-  for (int part = 0; part < head_dim; part += kN * distance) {
+void Stages(const HeadArgs& args, int distance, Levels& levels) {
+  for (int part = 0; part < args.head_dim; part += kN * distance) {
     for (int c = part; c < part + distance; ++c) {
-      for (int token = 0; token < kLanes; token += 16) {
+      for (int token = 0; token < args.cap; token += kLevelStep) {
         __m256i v[kN];
 #pragma GCC unroll 8
         for (int i = 0; i < kN; ++i) v[i] = Load(levels.x[c + i * distance] + token);
@@ -85,9 +87,9 @@ void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   LoadLevels<kCodec>(args, bytes, levels);
   const int part = PartOf(args.head_dim);
   int distance = 1;
-  for (; distance * 8 <= part; distance *= 8) Stages<8>(args.head_dim, distance, levels);
-  if (part / distance == 4) Stages<4>(args.head_dim, distance, levels);
-  if (part / distance == 2) Stages<2>(args.head_dim, distance, levels);
+  for (; distance * 8 <= part; distance *= 8) Stages<8>(args, distance, levels);
+  if (part / distance == 4) Stages<4>(args, distance, levels);
+  if (part / distance == 2) Stages<2>(args, distance, levels);
 }
 
 // As bf16 in the upper halves of lanes: to nearest even, and what is no normal number becomes zero.
@@ -253,6 +255,50 @@ void Decode(const HeadArgs& args, const std::byte* head, std::byte* out) {
   }
 }
 
+// The first kCap of each row's in_cap tokens, of kBytes bytes each, in rows of kStep.
+template <int kCap, int kBytes>
+inline __attribute__((always_inline)) void Widen(const std::byte* in, int in_cap, ptrdiff_t rows, std::byte* out) {
+  std::memset(out, 0, static_cast<size_t>(rows) * kStep * kBytes);
+  for (ptrdiff_t row = 0; row < rows; ++row)
+    std::memcpy(out + row * kStep * kBytes, in + row * in_cap * kBytes, kCap * kBytes);
+}
+
+// A block of less than a vector of tokens: as one of a vector, of which a part is kept.
+template <int kCap>
+void DecodeShort(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  const int head_dim = args.head_dim;
+  const ptrdiff_t rows = head_dim * LevelBits(args.codec) / 8;
+  std::byte wide_head[kQuantisedHeadDimMax * kStep + 2 * kStep];
+  std::byte wide_mean[kQuantisedHeadDimMax * kStep * 2];
+  std::byte wide_out[kQuantisedHeadDimMax * kStep * 2];
+  if (args.codec == Codec::kQ8 && args.kind == Kind::kV) {
+    std::memset(wide_head, 0, static_cast<size_t>(head_dim) * kStep);
+    std::memcpy(wide_head, head, static_cast<size_t>(head_dim) * kCap);
+  } else {
+    Widen<kCap, 1>(head, kCap, rows, wide_head);
+  }
+  Widen<kCap, 2>(head + rows * kCap, kCap, 1, wide_head + rows * kStep);
+  HeadArgs wide = args;
+  wide.cap = kStep;
+  if (args.mean != nullptr && args.mean_cap < kStep) {
+    wide.mean = wide_mean;
+    wide.mean_cap = kStep;
+    if (args.kind == Kind::kK) {
+      Widen<kCap, 4>(args.mean, args.mean_cap, head_dim / 2, wide_mean);
+    } else {
+      std::memset(wide_mean, 0, static_cast<size_t>(head_dim) * kStep * 2);
+      std::memcpy(wide_mean, args.mean, static_cast<size_t>(head_dim) * kCap * 2);
+    }
+  }
+  (args.mean != nullptr ? Decode<true> : Decode<false>)(wide, wide_head, wide_out);
+  if (args.kind == Kind::kV) {
+    std::memcpy(out, wide_out, static_cast<size_t>(head_dim) * kCap * 2);
+    return;
+  }
+  for (ptrdiff_t pair = 0; pair < head_dim / 2; ++pair)
+    std::memcpy(out + pair * kCap * 4, wide_out + pair * kStep * 4, kCap * 4);
+}
+
 }  // namespace
 
 void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
@@ -262,6 +308,10 @@ void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, s
 }
 
 void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out) {
+  static_assert(kClassStep == 2 && kStep == 8);
+  if (args.cap == 2) return DecodeShort<2>(args, head, out);
+  if (args.cap == 4) return DecodeShort<4>(args, head, out);
+  if (args.cap == 6) return DecodeShort<6>(args, head, out);
   (args.mean != nullptr ? Decode<true> : Decode<false>)(args, head, out);
 }
 
@@ -269,12 +319,12 @@ void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out)
 #include "base/avx2_pop.h"
 
 namespace jointkv::codec {
-bool HasAvx2Kernels(int head_dim, int cap) { return HasAvx2() && head_dim % kStep == 0 && cap >= kStep; }
+bool HasAvx2Kernels(int head_dim) { return HasAvx2() && head_dim % kStep == 0; }
 }  // namespace jointkv::codec
 
 #else
 namespace jointkv::codec {
-bool HasAvx2Kernels(int, int) { return false; }
+bool HasAvx2Kernels(int) { return false; }
 void EncodeHeadAvx2(const HeadArgs&, const std::byte*, int, std::byte*) { CHECK(false); }
 void DecodeHeadAvx2(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
 }  // namespace jointkv::codec

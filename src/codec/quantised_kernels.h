@@ -24,8 +24,8 @@ struct HeadArgs {
 void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
 void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* out);
 
-// Whether the two below may be called: HasAvx2(), and a head_dim and a block of whole vectors.
-bool HasAvx2Kernels(int head_dim, int cap);
+// Whether the two below may be called: HasAvx2() and a head_dim of whole vectors.
+bool HasAvx2Kernels(int head_dim);
 void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
 void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out);
 

@@ -21,7 +21,7 @@ struct FusionOptions {
   Policy policy = Policy::kBounded;
 
   // bounded
-  float budget = 0.05F;     // tau: largest NMSE of any member against its representative
+  float budget = 0.06F;     // tau: largest NMSE of any member against its representative
   bool similarity = false;  // candidates also among blocks with other tokens
   bool residuals = false;   // blocks beyond the budget may be kept as what they differ by from a representative
 
