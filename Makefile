@@ -50,6 +50,7 @@ tidy: ## clang-tidy over all sources
 bench-peers: setup ## speed against llama.cpp and OpenVINO GenAI, interleaved on this machine
 	@bench/peers/engine
 	@bench/peers/serve
+	@test -z "$(TEXT)" || bench/peers/kv_quality --text "$(TEXT)"
 
 clean: ## remove the build directory; the cache stays
 	rm -rf build

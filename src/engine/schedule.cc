@@ -8,7 +8,8 @@ namespace jointkv::engine {
 
 namespace {
 
-// Where memory is short, prompts that fuse go on by so many rows at a time: each step's rows lie private until then.
+// Where memory is short, prompts that fuse or are encoded go on by so many rows at a time: each step's rows lie as
+// they were written until then.
 constexpr int kRowsWhereShort = 64;
 
 // Block table slots that are looked at to see who holds how much: about a millisecond.
@@ -154,15 +155,15 @@ void Engine::Plan() {
   }
 }
 
-// Reserves slots for the next rows of a sequence and returns how many: where they do not fit, what waits is fused, a
-// prompt that fuses takes fewer rows, and sequences are preempted, in this order. 0 when the sequence itself
-// had to go, or stands alone and not one row fits (alone, any prompt takes fewer: sliding windows may give back blocks
-// between shorter steps).
+// Reserves slots for the next rows of a sequence and returns how many: where they do not fit, what waits is fused or
+// encoded, a prompt of which some will be takes fewer rows, and sequences are preempted, in this order. 0 when the
+// sequence itself had to go, or stands alone and not one row fits (alone, any prompt takes fewer: sliding windows may
+// give back blocks between shorter steps).
 int Engine::Reserve(Sequence& sequence, int rows) {
   const auto tokens = std::span<const TokenId>(sequence.tokens).subspan(sequence.computed);
   while (rows > 0 && !cache_->Append(sequence.kv, tokens.first(rows))) {
     if (FuseEarly()) continue;
-    if (rows > kRowsWhereShort && Fuses(sequence)) {
+    if (rows > kRowsWhereShort && (Fuses(sequence) || fusion_->encodes())) {
       rows = std::max(rows / 2, kRowsWhereShort);
       continue;
     }
