@@ -222,7 +222,7 @@ TEST(ScheduleTest, WhoHoldsMostEndsToo) {
   std::vector<RequestId> smalls;
   for (int i = 0; i < 6; ++i) smalls.push_back(submit_small());
   driver.Step();
-  const RequestId id = driver.Submit(RandomTokens(600, 1), Greedy(500), large);
+  const RequestId id = driver.Submit(RandomTokens(600, 1), Greedy(200), large);
   int steps = 0;
   while (driver.of(id).ends == 0 && steps < 20000) {
     driver.Step();
@@ -232,6 +232,7 @@ TEST(ScheduleTest, WhoHoldsMostEndsToo) {
     }
   }
   EXPECT_EQ(driver.of(id).end.finish, FinishReason::kLength) << steps;
+  EXPECT_GT(driver.engine().stats().preemptions, 0);
   driver.Run();
   for (const RequestId other : smalls) EXPECT_EQ(driver.of(other).end.finish, FinishReason::kLength);
   driver.ExpectAllFree();
