@@ -47,7 +47,7 @@ tidy: ## clang-tidy over all sources
 	@cmake --preset clang $(cache_variables) -DJOINTKV_BENCHMARKS=ON --log-level=WARNING
 	@run-clang-tidy -quiet -p build/clang '^$(CURDIR)/(src|bench|tests)/'
 
-bench-peers: setup ## speed against llama.cpp and OpenVINO GenAI, interleaved on this machine
+bench-peers: setup ## speed against llama.cpp and OpenVINO GenAI, in turns; with TEXT=FILE KV quality too
 	@bench/peers/engine
 	@bench/peers/serve
 	@test -z "$(TEXT)" || bench/peers/kv_quality --text "$(TEXT)"

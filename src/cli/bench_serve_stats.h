@@ -29,7 +29,7 @@ struct ServeGoal {
 struct ServeStatsOptions {
   std::vector<std::string> metrics = {"ttft", "tpot", "itl"};
   std::vector<double> percentiles = {99};
-  std::vector<ServeGoal> goals;  // of a good request; none: no goodput
+  std::vector<ServeGoal> goals = {};  // of a good request; none: no goodput
   bool detailed = false;
   bool embeddings = false;  // no output is counted
 };

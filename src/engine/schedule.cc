@@ -34,15 +34,16 @@ void Engine::DropCancelled(std::vector<Event>& events) {
 bool Engine::Fuses(const Sequence& sequence) const { return fusion_->enabled() && sequence.request->request.kv_fusion; }
 
 // Bytes that the rest of a prompt will take and keep. Rows of the next step, `private_rows` of which older prompts
-// left, lie private before fusion sees them; of the others fusion will leave as much as it did of earlier prompts. A
-// prompt that gets no row of that step, were it as short as it may be, counts as private: by the time it does, more is
-// known. Of a sequence that was preempted it is known already.
+// left, lie private and not encoded before fusion sees them; of the others fusion will leave as much as it did of
+// earlier prompts. A prompt that gets no row of that step, were it as short as it may be, counts as private: by the
+// time it does, more is known. Of a sequence that was preempted it is known already.
 size_t Engine::ExpectedBytes(const Sequence& sequence, int tokens, int& private_rows) const {
   const int first = std::min(tokens, private_rows);
   private_rows -= first;
   const double kept = first > 0 && Fuses(sequence) ? sequence.kept_share.value_or(kept_share_.value()) : 1;
-  return static_cast<size_t>(kept * static_cast<double>(cache_->MinimumBytes(tokens)) +
-                             (1 - kept) * static_cast<double>(cache_->MinimumBytes(first)));
+  const size_t not_encoded_yet = cache_->WrittenBytes(first) - cache_->MinimumBytes(first);
+  return not_encoded_yet + static_cast<size_t>(kept * static_cast<double>(cache_->MinimumBytes(tokens)) +
+                                               (1 - kept) * static_cast<double>(cache_->MinimumBytes(first)));
 }
 
 Engine::Tenant* Engine::NextTenant() {
@@ -69,7 +70,7 @@ bool Engine::AdmitNext() {
   for (const auto& other : running_) running += other->forked ? 1 : other->request->request.sampling.n;
   if (running + slots > options_.max_running) return false;
   // Reserve: every running sequence may open another block before anything ends.
-  size_t expected = cache_->MinimumBytes(codec::kBlockTokensMax) * (running + slots);
+  size_t expected = cache_->WrittenBytes(codec::kBlockTokensMax) * (running + slots);
   int private_rows = std::min(options_.step_tokens, kRowsWhereShort);
   for (const auto& other : running_) {
     expected += ExpectedBytes(*other, std::max(0, other->Remaining() - 1), private_rows);

@@ -238,6 +238,22 @@ TEST(ScheduleTest, WhoHoldsMostEndsToo) {
   driver.ExpectAllFree();
 }
 
+// Rows lie in 16 bit until they are encoded: a whole step's would often not fit beside what runs, where a few rows' do.
+TEST(ScheduleTest, EncodedPromptsTakeSmallStepsBeforeTheyArePreempted) {
+  constexpr int kRequests = 16;
+  EngineOptions options = TestOptions();
+  options.kv_type = {{.type = {codec::Codec::kQ8, codec::Codec::kQ8}}};
+  options.fusion.policy = joint::Policy::kOff;
+  options.kv_bytes = size_t{3000} << 10;  // of two thirds of them
+  Driver driver(options);
+  std::vector<RequestId> ids;
+  for (int i = 0; i < kRequests; ++i) ids.push_back(driver.Submit(RandomTokens(900, i), Greedy(20)));
+  driver.Run();
+  for (const RequestId id : ids) EXPECT_EQ(driver.of(id).end.finish, FinishReason::kLength);
+  EXPECT_LT(driver.engine().stats().preemptions, 3 * kRequests);  // 79 with whole steps
+  driver.ExpectAllFree();
+}
+
 TEST(KeptShareTest, FollowsWhatFusionLeaves) {
   KeptShare share(100);
   EXPECT_DOUBLE_EQ(share.value(), 1);

@@ -722,14 +722,14 @@ void KvCache::TakeReleased(std::vector<BlockId>& out) {
   released_.clear();
 }
 
-size_t KvCache::MinimumBytes(int tokens) const {
+size_t KvCache::LeastBytesOf(int tokens, bool encoded) const {
   size_t bytes = 0;
   for (int layer = 0; layer < shape_.n_layers(); ++layer) {
     const int window = shape_.window[layer];
     const int kept = window == 0 ? tokens : std::min(tokens, window);
     for (const Kind kind : {Kind::kK, Kind::kV}) {
       codec::BlockLayout layout = shape_.layout;
-      layout.codec = shape_.sealed_codec(TableIndex(layer, kind));
+      if (encoded) layout.codec = shape_.sealed_codec(TableIndex(layer, kind));
       bytes += layout.block_bytes(codec::kBlockTokensMax) * CeilDiv(kept, codec::kClassStep) / codec::kClasses;
     }
   }
@@ -755,10 +755,11 @@ size_t KvCache::LeastBytes(std::span<const TokenId> tokens, int more) const {
 }
 
 bool KvCache::HasRoomFor(int tokens, size_t reserve_bytes) const {
-  // In a full store each class leaves half a slab on average.
+  // In a full store each class leaves half a slab on average; and Append leaves the spare ones.
   const size_t capacity = arena_->capacity_bytes();
   const size_t gaps = std::min(codec::kClasses / 2 * arena_->slab_bytes(), capacity / 16);
-  return running_bytes_ + reserve_bytes + MinimumBytes(tokens) <= capacity - gaps;
+  const size_t spare = spare_slabs_ * arena_->slab_bytes();
+  return running_bytes_ + reserve_bytes + MinimumBytes(tokens) <= capacity - gaps - spare;
 }
 
 std::span<const LogicalBlock> KvCache::blocks(SequenceId sequence) const { return Get(sequence).blocks; }

@@ -174,7 +174,9 @@ class KvCache {
   // can be evicted) with `reserve_bytes` to spare. An estimate: the content decides how blocks fall into size classes.
   bool HasRoomFor(int tokens, size_t reserve_bytes) const;
   // Least bytes that `tokens` tokens can take: a request beyond the capacity can never run.
-  size_t MinimumBytes(int tokens) const;
+  size_t MinimumBytes(int tokens) const { return LeastBytesOf(tokens, true); }
+  // The same as the forward pass writes them, before anything is encoded.
+  size_t WrittenBytes(int tokens) const { return LeastBytesOf(tokens, false); }
   // The same of a sequence of these tokens and `more` unknown ones that shares nothing, in whole slabs: no less than
   // MinimumBytes.
   size_t LeastBytes(std::span<const TokenId> tokens, int more) const;
@@ -257,6 +259,7 @@ class KvCache {
   void QueueForStrip(EntryId id);
   void ReleaseWindow(Sequence& s);
   int FirstVisible(int layer, int next_position) const;
+  size_t LeastBytesOf(int tokens, bool encoded) const;
   double SealedBytes(int table, int cap) const;
   void Count(Recount& recount, BlockId block, int cap, DomainId domain, bool from_index) const;
   void CheckSequence(const Sequence& s, Recount& recount) const;

@@ -530,11 +530,25 @@ TEST(KvCache, StatsAddUpAndReturnToZero) {
   EXPECT_EQ(stats.held_bytes, 0u);
 }
 
+TEST(KvCache, MinimumBytesAreEncodedOnesAndWrittenBytesAreNot) {
+  std::vector<uint8_t> ends(1, 1);
+  const std::vector<codec::Codec> sealed = {codec::Codec::kQ8, codec::Codec::kBf16};  // keys, values
+  auto cache = KvCache::Create({{1, 64, codec::Codec::kBf16}, {0}, sealed}, BlockCutter(std::move(ends)),
+                               {64 << 20, true, false, false});
+  ASSERT_TRUE(cache.ok()) << cache.status().ToString();
+  const codec::BlockLayout bf16{1, 64, codec::Codec::kBf16};
+  const codec::BlockLayout q8{1, 64, codec::Codec::kQ8};
+  const int block = codec::kBlockTokensMax;
+  EXPECT_EQ((*cache)->WrittenBytes(3 * block), 6 * bf16.block_bytes(block));
+  EXPECT_EQ((*cache)->MinimumBytes(3 * block), 3 * (bf16.block_bytes(block) + q8.block_bytes(block)));
+}
+
 TEST(KvCache, RoomForANewSequenceCountsWhatRunsNotWhatIsCached) {
   Store store({0, 12}, 1);
   EXPECT_EQ(store->MinimumBytes(0), 0u);
   EXPECT_EQ(store->MinimumBytes(9), 4 * BytesOf(10));
   EXPECT_EQ(store->MinimumBytes(100), 2 * BytesOf(100) + 2 * BytesOf(12));
+  EXPECT_EQ(store->WrittenBytes(100), store->MinimumBytes(100));  // nothing is encoded
   store.Free(store.Run(kA, Line(1, 8) + Line(2, 8), 0));
   EXPECT_TRUE(store->HasRoomFor(200, 0));  // 2 * 200 + 2 * 12 of 480 tokens
   EXPECT_FALSE(store->HasRoomFor(200, BytesOf(60)));
