@@ -10,6 +10,7 @@
 #include "cli/commands.h"
 #include "cli/engine_options.h"
 #include "cli/output_files.h"
+#include "cli/seed_option.h"
 #include "cli/summary.h"
 #include "cli/terminal.h"
 #include "cli/workloads.h"
@@ -91,8 +92,7 @@ void AddAnalyze(CLI::App& app, Command& run) {
   number("--pool", flags->workload.pool, 1 << 16, "documents that prompts draw from");
   number("--documents", flags->workload.documents, 1 << 10, "documents in each prompt");
   number("--pairs", flags->analysis.pairs, 20000, "pairs of blocks, of each sort in each layer");
-  command->add_option("--seed", flags->analysis.seed, "of the documents, their order and the pairs")
-      ->capture_default_str();
+  AddSeedFlag(*command, flags->analysis.seed, "of the documents, their order and the pairs");
   command->add_flag("--all-layers", flags->all_layers, "a row for each layer in the table");
   command->add_option("--json", flags->json_path, "write the distributions as JSON; - for standard output")
       ->type_name("FILE");

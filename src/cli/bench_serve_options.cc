@@ -9,6 +9,7 @@
 
 #include "cli/engine_options.h"
 #include "cli/help_groups.h"
+#include "cli/seed_option.h"
 
 namespace jointkv::cli {
 namespace {
@@ -256,7 +257,7 @@ void AddDataset(CLI::App& app, ServeFlags& flags, Texts& texts) {
                  "custom: rows with prompt or messages; rag-pool and the like: real documents, as for `eval`")
       ->type_name("FILE.jsonl");
   number("--num-prompts", dataset.num_prompts, 1, 1 << 20, "requests")->capture_default_str();
-  app.add_option("--seed", dataset.seed, "of the prompts and of their arrival")->capture_default_str();
+  AddSeedFlag(app, dataset.seed, "of the prompts and of their arrival");
   number("--input-len", texts.input_len, 1, 1 << 20, "the same as --random-input-len");
   number("--output-len", texts.output_len, 1, 1 << 20, "output tokens of each request, whatever the data set");
   number("--custom-output-len", texts.custom_output_len, -1, 1 << 20,

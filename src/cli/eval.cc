@@ -85,6 +85,7 @@ class Eval {
   Status MeasureDraw(size_t draw, codec::Codec reference);
   Expected<EvalRun> RunOne(const EvalSetting& setting, size_t draw, const std::string& what, bool scored);
   Status MeasureTask();
+  Status MeasureTaskDraw(size_t draw, std::vector<TaskRow>& rows);
   Status Encode(const Engine& engine, size_t draw);
   std::unique_ptr<Engine> Load(const EvalSetting& setting);
   int Report();
@@ -96,7 +97,8 @@ class Eval {
   std::optional<WorkloadMaker> maker_;
   EvalContext context_;
   std::vector<EvalResult> results_;  // (settings)
-  std::vector<TaskRow> tasks_;       // (settings)
+  std::vector<TaskRow> tasks_;       // (settings), sums over the draws until they are reported
+  size_t draws_ = 0;                 // measured with all settings
   std::optional<ExactLogits> exact_;
   std::vector<EncodedRequest> requests_;  // of the present draw
   int exit_code_ = kExitOk;               // of a load that failed
@@ -218,57 +220,72 @@ Status Eval::MeasureDraw(size_t draw, codec::Codec reference) {
 }
 
 Status Eval::Measure() {
-  for (size_t draw = 0; draw < context_.seeds.size(); ++draw) {
-    RETURN_IF_ERROR(MeasureDraw(draw, codec::Codec::kBf16));
-    RETURN_IF_ERROR(MeasureDraw(draw, codec::Codec::kF32));
+  for (; draws_ < context_.seeds.size(); ++draws_) {
+    RETURN_IF_ERROR(MeasureDraw(draws_, codec::Codec::kBf16));
+    RETURN_IF_ERROR(MeasureDraw(draws_, codec::Codec::kF32));
   }
   return Status::Ok();
 }
 
 Status Eval::MeasureTask() {
-  const int max_tokens = flags_.max_tokens > 0 ? flags_.max_tokens : *task_ == Task::kGsm8k ? 256 : 32;
-  for (size_t draw = 0; draw < context_.seeds.size(); ++draw) {
-    for (TaskRow& row : tasks_) {
-      const auto engine = Load(row.setting);
-      if (engine == nullptr) return {StatusCode::kInternal, ""};
-      RETURN_IF_ERROR(Encode(*engine, draw));
-      Batch batch(*engine);
-      for (size_t i = 0; i < requests_.size(); ++i) {
-        if (requests_[i].answers.empty()) return Bad("--docs: there are no answers to hold the output against");
-        engine::Request request;
-        request.prompt = requests_[i].prompt;
-        request.sampling.temperature = 0;
-        request.sampling.max_tokens = max_tokens;
-        request.sampling.stop = {"\nProblem:", "\nQuestion:"};  // a model that goes on with a problem of its own
-        RETURN_IF_ERROR(batch.Submit(i, std::move(request)));
-      }
-      Status failed;
-      batch.Run({.on_text = {}, .on_end = [&](const Choice& choice) {
-                   if (choice.end.finish == engine::FinishReason::kError) failed = choice.end.error;
-                   row.right += IsRight(*task_, choice.text, requests_[choice.request].answers);
-                   ++row.questions;
-                 }});
-      if (Interrupted()) return {StatusCode::kCancelled, "interrupted"};
-      RETURN_IF_ERROR(failed);
-      const Summary summary = batch.summary();
-      const double share = 1.0 / static_cast<double>(context_.seeds.size());
-      row.compression += share * static_cast<double>(summary.kv_bytes_logical_peak) /
-                         static_cast<double>(std::max<int64_t>(1, summary.kv_bytes_peak));
-      row.decode_tok_s += share * summary.decode_tok_s;
-    }
+  for (; draws_ < context_.seeds.size(); ++draws_) {
+    std::vector<TaskRow> rows = tasks_;
+    RETURN_IF_ERROR(MeasureTaskDraw(draws_, rows));
+    tasks_ = std::move(rows);
   }
   return Status::Ok();
 }
 
+// Adds one draw to the rows of all settings.
+Status Eval::MeasureTaskDraw(size_t draw, std::vector<TaskRow>& rows) {
+  const int max_tokens = flags_.max_tokens > 0 ? flags_.max_tokens : *task_ == Task::kGsm8k ? 256 : 32;
+  for (TaskRow& row : rows) {
+    const auto engine = Load(row.setting);
+    if (engine == nullptr) return {StatusCode::kInternal, ""};
+    RETURN_IF_ERROR(Encode(*engine, draw));
+    Batch batch(*engine);
+    for (size_t i = 0; i < requests_.size(); ++i) {
+      if (requests_[i].answers.empty()) return Bad("--docs: there are no answers to hold the output against");
+      engine::Request request;
+      request.prompt = requests_[i].prompt;
+      request.sampling.temperature = 0;
+      request.sampling.max_tokens = max_tokens;
+      request.sampling.stop = {"\nProblem:", "\nQuestion:"};  // a model that goes on with a problem of its own
+      RETURN_IF_ERROR(batch.Submit(i, std::move(request)));
+    }
+    Status failed;
+    batch.Run({.on_text = {}, .on_end = [&](const Choice& choice) {
+                 if (choice.end.finish == engine::FinishReason::kError) failed = choice.end.error;
+                 row.right += IsRight(*task_, choice.text, requests_[choice.request].answers);
+                 ++row.questions;
+               }});
+    if (Interrupted()) return {StatusCode::kCancelled, "interrupted"};
+    RETURN_IF_ERROR(failed);
+    const Summary summary = batch.summary();
+    row.compression += static_cast<double>(summary.kv_bytes_logical_peak) /
+                       static_cast<double>(std::max<int64_t>(1, summary.kv_bytes_peak));
+    row.decode_tok_s += summary.decode_tok_s;
+  }
+  return Status::Ok();
+}
+
+// Of all draws that were measured with every setting.
 int Eval::Report() {
   std::FILE* out = flags_.json_path == "-" || flags_.plot_path == "-" ? stderr : stdout;
+  context_.seeds.resize(draws_);
   if (task_.has_value()) {
+    for (TaskRow& row : tasks_) {
+      row.compression /= static_cast<double>(draws_);
+      row.decode_tok_s /= static_cast<double>(draws_);
+    }
     fmt::print(out, "{}", ToTable(context_, *task_, tasks_));
     return WriteResults(flags_.json_path, ToJson(context_, *task_, tasks_), "", "");
   }
   std::vector<EvalRow> rows;
   int64_t preemptions = 0;
-  for (const EvalResult& result : results_) {
+  for (EvalResult& result : results_) {
+    result.runs.resize(draws_);
+    result.exact_ratios.resize(draws_);
     rows.push_back(RowOf(result, context_));
     preemptions += rows.back().preemptions;
   }
@@ -290,8 +307,13 @@ int Eval::Run() {
   ArmInterrupt();
   const Status status = task_.has_value() ? MeasureTask() : Measure();
   if (status.ok()) return Report();
-  if (exit_code_ != kExitOk) return exit_code_;  // LoadEngine has said why
-  Complain(status.message());
+  if (exit_code_ == kExitOk) Complain(status.message());  // else LoadEngine has said why
+  // What was measured before a Ctrl-C, or before a draw that failed, counts.
+  if (draws_ > 0) {
+    Complain(fmt::format("results of {} of {} draws", draws_, context_.seeds.size()));
+    if (const int code = Report(); code != kExitOk) return code;
+  }
+  if (exit_code_ != kExitOk) return exit_code_;
   if (status.code() == StatusCode::kCancelled) return kExitInterrupted;
   const bool usage = status.code() == StatusCode::kOutOfRange || status.code() == StatusCode::kInvalidArgument;
   return usage ? kExitUsage : kExitFailed;

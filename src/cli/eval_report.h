@@ -32,9 +32,8 @@ struct EvalContext {
 // One setting, over all seeds.
 struct EvalResult {
   EvalSetting setting;
-  std::vector<EvalRun> runs = {};           // by seed
-  std::vector<double> exact_ratios = {};    // by seed: 16-bit bytes / bytes kept by the exact run
-  std::vector<int64_t> prompt_tokens = {};  // by seed
+  std::vector<EvalRun> runs = {};         // by seed
+  std::vector<double> exact_ratios = {};  // by seed: 16-bit bytes / bytes kept by the exact run
 };
 
 // The figures of one setting. Means over the seeds, with their spread where it says so.

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cli/engine_options.h"
+#include "cli/seed_option.h"
 #include "cli/terminal.h"
 #include "text/chat_template.h"
 
@@ -24,7 +25,7 @@ void AddRagFlags(CLI::App& app, RagFlags& flags) {
   number("--pool", flags.workload.pool, 1 << 16, "documents that prompts draw from");
   number("--documents", flags.workload.documents, 1 << 10, "documents in each prompt");
   number("--output-tokens", flags.output_tokens, 1 << 16, "of each prompt");
-  app.add_option("--seed", flags.seed, "of the documents and their order")->capture_default_str();
+  AddSeedFlag(app, flags.seed, "of the documents and their order");
   app.add_option("--docs", flags.workload.docs_path, "real documents: fields title, text, question, answers")
       ->type_name("FILE.jsonl");
   flags.engine.kv_bytes = kKvBytes;

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "cli/seed_option.h"
+
 namespace jointkv::cli {
 namespace {
 
@@ -38,7 +40,7 @@ void AddSamplingFlags(CLI::App& app, engine::SamplingParams& params, bool per_ch
   number("--repetition-penalty", params.repetition_penalty, "on every token seen; 1: off");
   number("--presence-penalty", params.presence_penalty, "once per distinct output token");
   number("--frequency-penalty", params.frequency_penalty, "per occurrence in the output");
-  app.add_option("--seed", params.seed, "of the random draws")->default_str("random");
+  AddSeedFlag(app, params.seed, "of the random draws");
   app.add_option("--stop", params.stop, "text that ends the output; repeatable")
       ->allow_extra_args(false)
       ->type_name("TEXT");

@@ -68,6 +68,13 @@ class Case(unittest.TestCase):
         self.assertIn(message, done.stderr)
         self.assertEqual(done.stdout, "")
 
+    def wait_for(self, terminal, text, more=0):
+        seen, deadline = "", time.monotonic() + 180
+        while text not in seen or len(seen) - seen.index(text) - len(text) < more:
+            self.assertLess(time.monotonic(), deadline, f"no {text!r} in {seen!r}")
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096).decode("utf-8", "replace")
+
 
 class Generate(Case):
     def test_many_prompts(self):
@@ -179,6 +186,8 @@ class Generate(Case):
 
     def test_usage_errors(self):
         self.assert_usage("--prompt", "generate")
+        for seed in (-1, "1.5", "x", 2**64):
+            self.assert_usage(f"--seed: '{seed}'", "generate", "--prompt", "a", "--seed", seed)
         self.assert_usage("--prompt", "generate", "--prompt", "a", "--prompts", "b")
         self.assert_usage("--chat-template", "generate", "--prompt", "a", "--chat-template", self.scratch / "none")
         (self.scratch / "broken.jinja").write_text("{% if %}")
@@ -254,13 +263,6 @@ class Chat(Case):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             os.close(terminal)
-
-    def wait_for(self, terminal, text, more=0):
-        seen, deadline = "", time.monotonic() + 180
-        while text not in seen or len(seen) - seen.index(text) - len(text) < more:
-            self.assertLess(time.monotonic(), deadline, f"no {text!r} in {seen!r}")
-            if select.select([terminal], [], [], 1)[0]:
-                seen += os.read(terminal, 4096).decode("utf-8", "replace")
 
 
 class Eval(Case):
@@ -339,14 +341,20 @@ class Eval(Case):
         self.assertEqual(xml.etree.ElementTree.parse(plot).getroot().tag, "{http://www.w3.org/2000/svg}svg")
 
     def test_interrupt(self):
-        with subprocess.Popen([PROGRAM, "eval", "--requests", "16", "--seeds", "50", "--kv-bytes", "1G"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as child:
+        output = self.scratch / "out.json"
+        terminal, end = pty.openpty()
+        self.addCleanup(os.close, terminal)
+        with subprocess.Popen([PROGRAM, "eval", *map(str, self.SMALL[:-4]), "--continuation", "8", "--seeds", "500",
+                               "--json", output, *KV], stdout=subprocess.PIPE, stderr=end, encoding="utf-8") as child:
             self.addCleanup(child.kill)
-            time.sleep(5)
+            os.close(end)
+            self.wait_for(terminal, "draw 3/500")
             child.send_signal(signal.SIGINT)
-            output, errors = child.communicate(timeout=180)
-        self.assertEqual((child.returncode, output), (130, ""), errors)
-        self.assertIn("interrupted", errors)
+            table = child.communicate(timeout=180)[0]
+        self.assertEqual(child.returncode, 130)
+        self.assertRegex(table, r"(?m)^bounded 0.06 +bf16")
+        draws = json.loads(output.read_text())["results"][0]["seeds"]
+        self.assertTrue(2 <= len(draws) < 500, draws)
 
     def test_usage_errors(self):
         self.assert_usage("--workload", "eval", "--workload", "nonsense")
