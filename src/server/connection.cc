@@ -51,25 +51,11 @@ class HttpConnection final : public Connection,
 
   // Connection:
   void Start() override {
-    deadline_s_ = MonotonicSeconds() + limits_.header_timeout_s;
-    if constexpr (kTls) {
-      stream_.async_handshake(asio::ssl::stream_base::server, [self = this->shared_from_this()](error_code error) {
-        if (error) {
-          self->Close();
-        } else {
-          self->Read();
-        }
-      });
-    } else {
-      Read();
-    }
+    Open([](HttpConnection& self) { self.Read(); });
   }
 
-  void Refuse(const ApiError& error) override {
-    phase_ = Phase::kAnswering;
-    keep_alive_ = false;
-    head_ = parser_->get().method() == http::verb::head;
-    callbacks_.on_refused(Described(parser_->get()), error, this->shared_from_this());
+  void StartRefused(const ApiError& error) override {
+    Open([error](HttpConnection& self) { self.Refuse(error); });
   }
 
   void Tick(double now_s) override {
@@ -160,6 +146,23 @@ class HttpConnection final : public Connection,
 
   auto& Lowest() { return stream_.lowest_layer(); }
 
+  // Calls f(*this) once the client can be spoken to.
+  template <typename F>
+  void Open(F f) {
+    deadline_s_ = MonotonicSeconds() + limits_.header_timeout_s;
+    if constexpr (kTls) {
+      stream_.async_handshake(asio::ssl::stream_base::server, [self = this->shared_from_this(), f](error_code error) {
+        if (error) {
+          self->Close();
+        } else {
+          f(*self);
+        }
+      });
+    } else {
+      f(*this);
+    }
+  }
+
   void NewRequest() {
     phase_ = Phase::kReceiving;
     parser_.emplace();
@@ -231,6 +234,14 @@ class HttpConnection final : public Connection,
       out_ += "HTTP/1.1 100 Continue\r\n\r\n";
       Write();
     }
+  }
+
+  // Has this error answered without reading the request any further.
+  void Refuse(const ApiError& error) {
+    phase_ = Phase::kAnswering;
+    keep_alive_ = false;
+    head_ = parser_->get().method() == http::verb::head;
+    callbacks_.on_refused(Described(parser_->get()), error, this->shared_from_this());
   }
 
   void Malformed(error_code error) {

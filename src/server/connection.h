@@ -30,8 +30,8 @@ class Connection {
   virtual ~Connection() = default;
 
   virtual void Start() = 0;
-  // Has this error answered without reading a request any further.
-  virtual void Refuse(const ApiError& error) = 0;
+  // Has this error answered without reading a request. One of the two starts it.
+  virtual void StartRefused(const ApiError& error) = 0;
   // Several times a second: deadlines and comments on quiet streams.
   virtual void Tick(double now_s) = 0;
   // No further request: closes when it has none, or when its present one is answered.

@@ -191,12 +191,11 @@ void HttpServer::Accept() {
       const auto connection =
           MakeConnection(std::move(socket), sockets_->tls.get(), callbacks_, options_.limits, held_, sockets_->headers);
       sockets_->connections.emplace(connection.get(), connection);
-      if (present >= limit && sockets_->tls == nullptr) {
-        connection->Refuse(
-            Unavailable("too_many_connections", "the server has " + std::to_string(limit) + " connections, its limit"));
-      } else {
+      if (present < limit) {
         connection->Start();
-        if (present >= limit) connection->Close();
+      } else {
+        connection->StartRefused(
+            Unavailable("too_many_connections", "the server has " + std::to_string(limit) + " connections, its limit"));
       }
     }
     Accept();

@@ -504,10 +504,16 @@ class Sockets(unittest.TestCase):
                                    "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], capture_output=True)
             if made.returncode != 0:
                 self.skipTest("no openssl program")
-            server = Server("--tls-cert", path / "cert.pem", "--tls-key", path / "key.pem")
+            server = Server("--tls-cert", path / "cert.pem", "--tls-key", path / "key.pem", "--max-connections", 8)
             self.addCleanup(stop, server)
             self.assertTrue(server.address.startswith("https://"))
             context = ssl.create_default_context(cafile=str(path / "cert.pem"))
+
+            def get(target):
+                with context.wrap_socket(server.connect(), server_hostname="localhost") as client:
+                    client.sendall(request("GET", target, headers=[("Connection", "close")]))
+                    return next(answers(client))
+
             for stream in (False, True):
                 with context.wrap_socket(server.connect(), server_hostname="localhost") as client:
                     client.sendall(request("POST", COMPLETION, {"prompt": "Hello", "max_tokens": 20, "stream": stream},
@@ -518,9 +524,13 @@ class Sockets(unittest.TestCase):
                 client.sendall(request("POST", COMPLETION, {**LONG, "stream": True}))
                 self.assertTrue(client.recv(100))
             server.raw(request("GET", "/health"))  # no TLS: closed
-            with context.wrap_socket(server.connect(), server_hostname="localhost") as client:
-                client.sendall(request("GET", "/metrics", headers=[("Connection", "close")]))
-                self.assertEqual(next(answers(client))[0], 200)
+            self.assertEqual(get("/metrics")[0], 200)
+            with contextlib.ExitStack() as stack:
+                for _ in range(8):
+                    stack.enter_context(server.connect())
+                server.wait_until(lambda: get("/health")[0] == 503, "a refusal")
+                self.assertEqual(json.loads(get("/health")[2])["error"]["code"], "too_many_connections")
+            server.wait_until(lambda: get("/health")[0] == 200, "room")
 
     def test_cors(self):
         server = Server("--cors-origin", "https://a.example", "--cors-origin", "https://b.example")
