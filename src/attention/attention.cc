@@ -49,6 +49,11 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
     : shape_(shape),
       rows_independent_(rows_independent),
       bf16_kernels_(HasAvx512Bf16() && cache.shape().layout.codec == codec::Codec::kBf16) {
+  if (bf16_kernels_) {
+    attend_ = AttendBf16;
+  } else if (cache.shape().layout.codec == codec::Codec::kBf16 && HasAvx2Kernel(shape.head_dim)) {
+    attend_ = AttendAvx2;
+  }
   tiles_ = !rows_independent && shape.group() * kTileRowsMin <= kTileQueries;
   for (const int window : cache.shape().window) {
     auto plan = std::ranges::find(plans_, window, &WindowPlan::window);
@@ -354,7 +359,7 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
       for (int i = 0; i < args.n; ++i) {
         if (plan.visits[first + i].first) Clear(visits[i], args.queries, head_dim);
       }
-      Attend(args);
+      attend_(args);
       const bool same_kv_head = (head + args.queries) % shape_.group() != 0;
       for (int i = 0; i < args.n; ++i) NextQueries(visits[i], args.queries, same_kv_head);
     }
@@ -426,7 +431,7 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
           visits[i].stats = stats + static_cast<ptrdiff_t>(2) * slot;
         }
         if (at == first) Clear(visits[0], args.queries, head_dim);
-        Attend(args);
+        attend_(args);
       }
       for (int q = 0; slot != 0 && q < args.queries; ++q) {
         Combine(sums + static_cast<ptrdiff_t>(q) * head_dim, stats + q,

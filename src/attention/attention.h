@@ -140,7 +140,6 @@ class Attention {
     return scratch_.data() + thread * thread_scratch_bytes_ + kernel_scratch_bytes_;
   }
   void NextQueries(Visit& visit, int queries, bool same_kv_head) const;
-  void Attend(const VisitArgs& args) const { (bf16_kernels_ ? AttendBf16 : AttendGeneric)(args); }
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);
@@ -160,6 +159,7 @@ class Attention {
   bool rows_independent_ = false;
   bool tiles_ = false;
   bool bf16_kernels_ = false;
+  void (*attend_)(const VisitArgs&) = AttendGeneric;
   std::vector<RowSpan> spans_;
   std::vector<Segment> segments_;
   std::vector<WindowPlan> plans_;  // one per distinct window

@@ -77,6 +77,10 @@ constexpr size_t VisitScratchFloats(int head_dim) {
 
 // bf16 blocks with AVX-512 BF16: dot products of bf16 pairs, f32 sums; probabilities rounded to bf16.
 void AttendBf16(const VisitArgs& args);
+// bf16 blocks, f32 arithmetic throughout; only where HasAvx2Kernel(head_dim). Visits to one block, one after the other,
+// meet it together.
+void AttendAvx2(const VisitArgs& args);
+bool HasAvx2Kernel(int head_dim);
 // Any codec, any target, f32 arithmetic throughout.
 void AttendGeneric(const VisitArgs& args);
 

@@ -47,7 +47,7 @@ Row RunKernel(void (*kernel)(const VisitArgs&), VisitArgs args, std::vector<Visi
   return row;
 }
 
-// The generic kernel on every target, then the bf16 kernel where the CPU can. How many visits make a call is no matter.
+// The generic kernel on every target, then those of a CPU that it can run. How many visits make a call is no matter.
 std::vector<Row> RunEveryKernel(const VisitArgs& args, const std::vector<Visit>& visits) {
   std::vector<Row> rows;
   const auto run = [&](void (*kernel)(const VisitArgs&)) {
@@ -56,6 +56,7 @@ std::vector<Row> RunEveryKernel(const VisitArgs& args, const std::vector<Visit>&
     EXPECT_EQ(RunKernel(kernel, args, visits, 3), rows.back());
   };
   dense::ForEachTarget([&] { run(AttendGeneric); });
+  if (HasAvx2Kernel(args.layout->head_dim)) run(AttendAvx2);
   if (HasAvx512Bf16()) run(AttendBf16);
   return rows;
 }
@@ -139,7 +140,7 @@ std::vector<float> RandomQueries(int queries, int head_dim) {
                              1.44f / std::sqrt(static_cast<float>(head_dim)));
 }
 
-// Attention never picks the generic kernels for bf16 blocks where the CPU has better ones, so they are called here.
+// Attention picks the best kernel that the CPU has, so all are called here.
 TEST(KernelsTest, BlockKernelsAgreeOnBf16Blocks) {
   for (const int head_dim : {16, 64, 80, 256}) {
     const testing::ScopedTrace trace(__FILE__, __LINE__, "head_dim " + std::to_string(head_dim));
@@ -156,6 +157,61 @@ TEST(KernelsTest, BlockKernelsAgreeOnBf16Blocks) {
             if (HasFatalFailure()) return;
           }
         }
+      }
+    }
+  }
+}
+
+// Rows of several sequences that share blocks: visits of the same block come one after the other, some of the same row,
+// and see less or more of it. How many make a call is no matter.
+TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
+  constexpr int kRows = 5;
+  for (const int head_dim : {16, 64, 80}) {
+    Blocks blocks(head_dim);
+    for (int queries = 1; queries <= kGroupMax; ++queries) {
+      const testing::ScopedTrace trace(__FILE__, __LINE__,
+                                       "head_dim " + std::to_string(head_dim) + " queries " + std::to_string(queries));
+      const std::vector<float> q = RandomQueries(kRows * queries, head_dim);
+      const size_t row_floats = static_cast<size_t>(queries) * head_dim;
+      const auto run = [&](void (*kernel)(const VisitArgs&), int at_once) {
+        std::vector<float> sums(kRows * row_floats);
+        std::vector<float> stats(static_cast<size_t>(2) * kGroupMax * kRows);
+        std::vector<Visit> visits;
+        for (int row = 0; row < kRows; ++row) std::fill_n(stats.begin() + 2 * kGroupMax * row, kGroupMax, kUnseen);
+        for (int block = 0; block < 8; ++block) {
+          for (int row = 0; row < kRows; ++row) {
+            const std::vector<Visit> all =
+                blocks.Visits(blocks.blocks()[8].start, 0, row % 2 == 1, &q[row * row_floats]);
+            Visit visit = all[block];
+            visit.sums = &sums[row * row_floats];
+            visit.stats = &stats[static_cast<size_t>(2) * kGroupMax * row];
+            visit.next_k = visit.k;
+            visit.next_v = visit.v;
+            visit.next_cap = visit.cap;
+            if (row == 2 && visit.end > 2) visit.end -= 2;
+            if (row == 3 && visit.end > 3) visit.begin += 3;
+            visits.insert(visits.end(), row == 4 ? 2 : 1, visit);
+          }
+        }
+        std::vector<float> buffer(VisitScratchFloats(head_dim) + 16, NAN);
+        VisitArgs args{.layout = &blocks.layout(), .queries = queries, .scratch = AlignUp64(buffer.data())};
+        for (size_t at = 0; at < visits.size(); at += at_once) {
+          args.visits = visits.data() + at;
+          args.n = static_cast<int>(std::min<size_t>(at_once, visits.size() - at));
+          kernel(args);
+        }
+        for (int row = 0; row < kRows; ++row) {
+          const float* totals = &stats[static_cast<size_t>(2) * kGroupMax * row + kGroupMax];
+          sums.insert(sums.end(), totals, totals + queries);
+        }
+        return sums;
+      };
+      std::vector<void (*)(const VisitArgs&)> kernels = {AttendGeneric};
+      if (HasAvx2Kernel(head_dim)) kernels.push_back(AttendAvx2);
+      if (HasAvx512Bf16()) kernels.push_back(AttendBf16);
+      for (const auto kernel : kernels) {
+        const std::vector<float> alone = run(kernel, 1);
+        for (const int at_once : {2, 3, 7, kVisitsMax}) EXPECT_EQ(run(kernel, at_once), alone) << "at once " << at_once;
       }
     }
   }

@@ -22,9 +22,7 @@ CLI::Option* Add(CLI::App& app, Seed& seed, const char* help) {
 
 }  // namespace
 
-void AddSeedFlag(CLI::App& app, uint64_t& seed, const char* help) {
-  Add(app, seed, help)->capture_default_str();
-}
+void AddSeedFlag(CLI::App& app, uint64_t& seed, const char* help) { Add(app, seed, help)->capture_default_str(); }
 
 void AddSeedFlag(CLI::App& app, std::optional<uint64_t>& seed, const char* help) {
   Add(app, seed, help)->default_str("random");
