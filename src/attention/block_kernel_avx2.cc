@@ -172,7 +172,7 @@ __attribute__((noinline)) void ScoreTokens(const Visit& visit, int first, int he
 
 // The same for a block of less than a vector of tokens.
 template <int kRows>
-void ScoreShort(const Visit& visit, int head_dim, const float* q, float* scores) {
+__attribute__((noinline)) void ScoreShort(const Visit& visit, int head_dim, const float* q, float* scores) {
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(visit.cap), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   __m256 sum[kRows][1];
 #pragma GCC unroll 8
