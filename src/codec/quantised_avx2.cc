@@ -92,12 +92,21 @@ void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   if (part / distance == 2) Stages<2>(args, distance, levels);
 }
 
-// As bf16 in the upper halves of lanes: to nearest even, and what is no normal number becomes zero.
+// While there is one, results that are no normal number become zero. What computes them must not be inlined beside it.
+class FlushToZero {
+ public:
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  unsigned before_;
+};
+
+// As bf16 in the upper halves of lanes: to nearest even.
 inline __m256i UpperBf16(__m256 value) {
-  __m256i bits = _mm256_castps_si256(value);
-  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
-  const __m256i tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), magnitude);
-  bits = _mm256_xor_si256(bits, _mm256_and_si256(tiny, magnitude));
+  const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
@@ -108,15 +117,14 @@ inline __attribute__((always_inline)) __m256i Pairs(__m256i first, __m256i secon
                                                     __m256 second_scale, const std::byte* mean, ptrdiff_t mean_at) {
   __m256 low = _mm256_setzero_ps();
   __m256 high = _mm256_setzero_ps();
-  const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   if constexpr (kMean) {
     const __m256i both = Load(mean + mean_at);
     low = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    high = _mm256_castsi256_ps(_mm256_and_si256(both, high_half));
+    high = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), first_scale, low);
   high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(second), second_scale, high);
-  return _mm256_or_si256(_mm256_srli_epi32(UpperBf16(low), 16), _mm256_and_si256(UpperBf16(high), high_half));
+  return _mm256_blend_epi16(_mm256_srli_epi32(UpperBf16(low), 16), UpperBf16(high), 0xaa);
 }
 
 inline __m256 Signed(__m256 x, __m256i signs) {
@@ -246,7 +254,7 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
 }
 
 template <bool kMean>
-void Decode(const HeadArgs& args, const std::byte* head, std::byte* out) {
+__attribute__((noinline)) void Decode(const HeadArgs& args, const std::byte* head, std::byte* out) {
   switch (args.codec) {
     case Codec::kQ4: return DecodeTransformed<Codec::kQ4, kMean>(args, head, out);
     case Codec::kQ2: return DecodeTransformed<Codec::kQ2, kMean>(args, head, out);
@@ -309,6 +317,7 @@ void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, s
 
 void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out) {
   static_assert(kClassStep == 2 && kStep == 8);
+  const FlushToZero flush;
   if (args.cap == 2) return DecodeShort<2>(args, head, out);
   if (args.cap == 4) return DecodeShort<4>(args, head, out);
   if (args.cap == 6) return DecodeShort<6>(args, head, out);
