@@ -25,20 +25,24 @@ struct Levels {
 inline __m256i Load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 inline void Store(void* at, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(at), v); }
 
-// Bytes are read 32 tokens at a time whatever the block holds, so from a copy.
+// Bytes are read 32 tokens at a time whatever the block holds: from a copy where that would pass the scales behind
+// them.
 template <Codec kCodec>
 void LoadLevels(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   constexpr int kBits = LevelBits(kCodec);
   constexpr int kPerByte = 8 / kBits;
   const int rows = args.head_dim / kPerByte;
   std::byte copy[kQuantisedHeadDimMax / kPerByte * kLanes + 32];
-  std::memcpy(copy, bytes, static_cast<size_t>(rows) * args.cap);
+  if (kLanes > 3 * args.cap) {  // the last row's tokens and two bytes of scales for each
+    std::memcpy(copy, bytes, static_cast<size_t>(rows) * args.cap);
+    bytes = copy;
+  }
   alignas(16) int8_t entries[16];
   for (int i = 0; i < 16; ++i) entries[i] = static_cast<int8_t>(kLevelTable<kCodec>[i]);
   const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
   const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
   for (int row = 0; row < rows; ++row) {
-    const __m256i packed = Load(copy + static_cast<ptrdiff_t>(row) * args.cap);
+    const __m256i packed = Load(bytes + static_cast<ptrdiff_t>(row) * args.cap);
 #pragma GCC unroll 8
     for (int i = 0; i < kPerByte; ++i) {
       const __m256i level = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, i * kBits), mask));
