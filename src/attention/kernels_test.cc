@@ -177,6 +177,7 @@ TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
         std::vector<float> sums(kRows * row_floats);
         std::vector<float> stats(static_cast<size_t>(2) * kGroupMax * kRows);
         std::vector<Visit> visits;
+        std::vector<std::vector<std::byte>> copies;  // values elsewhere, while keys are the same
         for (int row = 0; row < kRows; ++row) std::fill_n(stats.begin() + 2 * kGroupMax * row, kGroupMax, kUnseen);
         for (int block = 0; block < 8; ++block) {
           for (int row = 0; row < kRows; ++row) {
@@ -185,6 +186,10 @@ TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
             Visit visit = all[block];
             visit.sums = &sums[row * row_floats];
             visit.stats = &stats[static_cast<size_t>(2) * kGroupMax * row];
+            if (row == 1 && block % 2 == 1) {
+              copies.emplace_back(visit.v, visit.v + blocks.layout().head_bytes(visit.cap));
+              visit.v = copies.back().data();
+            }
             visit.next_k = visit.k;
             visit.next_v = visit.v;
             visit.next_cap = visit.cap;
