@@ -341,6 +341,16 @@ class Eval(Case):
         self.assertEqual(xml.etree.ElementTree.parse(plot).getroot().tag, "{http://www.w3.org/2000/svg}svg")
 
     def test_interrupt(self):
+        with subprocess.Popen([PROGRAM, "eval", "--requests", "16", "--seeds", "50", "--kv-bytes", "1G"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as child:
+            self.addCleanup(child.kill)
+            time.sleep(5)
+            child.send_signal(signal.SIGINT)
+            output, errors = child.communicate(timeout=180)
+        self.assertEqual((child.returncode, output), (130, ""), errors)
+        self.assertIn("interrupted", errors)
+
+    def test_interrupt_keeps_what_is_done(self):
         output = self.scratch / "out.json"
         terminal, end = pty.openpty()
         self.addCleanup(os.close, terminal)
@@ -351,6 +361,7 @@ class Eval(Case):
             self.wait_for(terminal, "draw 3/500")
             child.send_signal(signal.SIGINT)
             table = child.communicate(timeout=180)[0]
+            self.wait_for(terminal, "interrupted")
         self.assertEqual(child.returncode, 130)
         self.assertRegex(table, r"(?m)^bounded 0.06 +bf16")
         draws = json.loads(output.read_text())["results"][0]["seeds"]
