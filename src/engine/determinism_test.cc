@@ -99,8 +99,8 @@ TEST_P(DeterminismTest, NothingBesideARequestShows) {
   alone.one_by_one = true;
   const Result reference = RunJobs(options, alone, jobs);
   const size_t granule_bytes = Driver(options).engine().cache().shape().layout.granule_bytes();
-  const size_t small = 2880 * granule_bytes;
-  const size_t smaller = 2640 * granule_bytes;  // shorter steps get by with less
+  const size_t small = 2400 * granule_bytes;
+  const size_t smaller = 2160 * granule_bytes;  // shorter steps get by with less
   const Setting settings[] = {
       {.name = "together"},
       {.name = "steps of 1", .step_tokens = 1},

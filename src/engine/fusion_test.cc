@@ -178,7 +178,7 @@ TEST(EngineFusion, PreemptionMeetsFusedBlocks) {
   for (const char* model : {"llama", "gemma3"}) {
     SCOPED_TRACE(model);
     EngineOptions options = FusionOptionsFor(model);
-    options.kv_bytes = size_t{2400} << 10;
+    options.kv_bytes = size_t{2150} << 10;
     Driver driver(options);
     Warm(driver);
     std::vector<RequestId> ids;

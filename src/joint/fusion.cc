@@ -94,14 +94,24 @@ void Fusion::EncodeBounded(SequenceId sequence, kv::SealedRange range) {
     const Scratch scratch = {first, first + bytes, first + 2 * bytes};
     for (size_t i = 0; i < n; ++i) decisions_[table * n + i] = Decide(sequence, table, sealed_[i], scratch);
   });
-  // All bytes are freed before those that stay are moved into the gaps.
-  for (int table = 0; table < n_tables; ++table) {
-    for (size_t i = 0; i < n; ++i) Redirect(sequence, table, sealed_[i], decisions_[table * n + i]);
-  }
-  for (int table = 0; table < n_tables; ++table) {
-    for (size_t i = 0; i < n; ++i) Keep(sequence, table, sealed_[i], decisions_[table * n + i]);
-    for (size_t i = 0; i < n; ++i) KeepDifference(sequence, table, sealed_[i], decisions_[table * n + i]);
-  }
+  // All bytes are freed before those that stay are moved into the gaps. Only a difference from one of these waits: its
+  // base could not be moved any more.
+  const auto for_each = [&](auto&& land) {
+    for (int table = 0; table < n_tables; ++table) {
+      for (size_t i = 0; i < n; ++i) land(table, sealed_[i], decisions_[table * n + i]);
+    }
+  };
+  for_each([&](int table, const Sealed& sealed, Decision& decision) {
+    Redirect(sequence, table, sealed, decision);
+    if (decision.kind == Decision::Kind::kDiffer && cache_.watched(decision.target)) {
+      KeepDifference(sequence, table, sealed, decision);
+      decision.kind = Decision::Kind::kLeave;
+    }
+  });
+  for_each([&](int table, const Sealed& sealed, const Decision& decision) { Keep(sequence, table, sealed, decision); });
+  for_each([&](int table, const Sealed& sealed, const Decision& decision) {
+    KeepDifference(sequence, table, sealed, decision);
+  });
   for (const Sealed& sealed : sealed_) {
     if (sealed.group.valid()) representatives_.Settle(sealed.group);
   }

@@ -1,8 +1,10 @@
 // Arena: all KV bytes of the server, below a hard cap.
 //
 // One address range, cut into slabs; a slab serves one size class at a time and goes back when its last block is freed.
-// Of the slabs with room the lowest is filled first, so that the highest run empty. A BlockId names a slab and a slot
-// in it; the slab knows its class, so a block's address, size and class follow from its id.
+// Classes whose blocks fill quarters of a slab about as well take those: a class leaves half of its last one empty. A
+// divided slab goes back when its quarters are all free. Of the slabs or quarters with room the lowest is filled first,
+// so that the highest run empty. A BlockId names a quarter (of a whole slab: the first) and a slot in it; the quarter
+// knows its class, so a block's address, size and class follow from its id.
 //
 // Threads: one (the engine's); the bytes themselves may be used by many, and data, class_of and block_bytes be asked.
 // Owns: the address range. Fails how: Allocate returns an invalid id when no slab is left; nothing else can fail.
@@ -14,6 +16,7 @@
 #include <span>
 #include <vector>
 
+#include "base/checked.h"
 #include "base/ids.h"
 #include "base/status.h"
 #include "codec/layout.h"
@@ -21,13 +24,15 @@
 namespace jointkv::kv {
 
 // A slab holds so many of the smallest blocks of 16- and 32-bit elements. Divisible by 1..6, 8, 10, 12, 15 and 16 (32
-// tokens, the most common block); of the other classes 11 (22 tokens) leaves the most room, a 27th of a slab.
+// tokens, the most common block); of the other classes 11 (22 tokens) leaves the most room, a 27th of a slab. A quarter
+// is divisible by 1..6, 10, 12 and 15.
 inline constexpr int kSlabGranules = 240;
+inline constexpr int kSlabQuarters = 4;
 
 class Arena {
  public:
-  // class_bytes: size of a block, by class; multiples of 64 and no larger than a slab. Reserves (does not touch)
-  // cap_bytes, rounded down to whole slabs. kInvalidArgument when not even one slab fits.
+  // class_bytes: size of a block, by class; multiples of 64 and no larger than a slab, which is a multiple of 256.
+  // Reserves (does not touch) cap_bytes, rounded down to whole slabs. kInvalidArgument when not even one slab fits.
   static Expected<std::unique_ptr<Arena>> Create(size_t cap_bytes, size_t slab_bytes,
                                                  std::span<const size_t> class_bytes);
   ~Arena();
@@ -38,11 +43,9 @@ class Arena {
   BlockId Allocate(int block_class);
   void Free(BlockId block);
 
-  // Whether the next block of this one's class would lie in a lower slab.
-  bool HasRoomBelow(BlockId block) {
-    const int slab = partial_[class_of(block)].Lowest();
-    return slab >= 0 && slab < block.value >> kSlotBits;
-  }
+  // A block of this one's class in a lower slab or quarter; invalid: none has room. Opens a free quarter of a divided
+  // slab for that, but no free slab.
+  BlockId AllocateBelow(BlockId block);
 
   // Whether needed[c] blocks of each class c (of the first needed.size()) could all be allocated now, and `spare_slabs`
   // slabs be left free.
@@ -52,56 +55,74 @@ class Arena {
   size_t HeldBytesOf(std::span<const int> blocks) const;
 
   std::byte* data(BlockId block) const {
-    const int slab = block.value >> kSlotBits;
-    return base_ + slab * slab_bytes_ + static_cast<size_t>(block.value & (kSlotsMax - 1)) * slabs_[slab].block_bytes;
+    const int quarter = block.value >> kSlotBits;
+    return base_ + quarter * quarter_bytes_ +
+           static_cast<size_t>(block.value & (kSlotsMax - 1)) * quarters_[quarter].block_bytes;
   }
-  int class_of(BlockId block) const { return slabs_[block.value >> kSlotBits].block_class; }
-  size_t block_bytes(BlockId block) const { return slabs_[block.value >> kSlotBits].block_bytes; }
+  int class_of(BlockId block) const { return quarters_[block.value >> kSlotBits].block_class; }
+  size_t block_bytes(BlockId block) const { return quarters_[block.value >> kSlotBits].block_bytes; }
 
-  size_t slab_bytes() const { return slab_bytes_; }
-  size_t capacity_bytes() const { return slabs_.size() * slab_bytes_; }
-  size_t held_bytes() const { return (slabs_.size() - free_slabs_.size()) * slab_bytes_; }  // whole slabs
-  size_t used_bytes() const { return used_bytes_; }                                         // blocks only
+  size_t slab_bytes() const { return kSlabQuarters * quarter_bytes_; }
+  size_t capacity_bytes() const { return free_quarters_.size() * slab_bytes(); }
+  // Whole slabs, also those of which only some quarters are in use.
+  size_t held_bytes() const { return (free_quarters_.size() - free_slabs_.size()) * slab_bytes(); }
+  size_t used_bytes() const { return used_bytes_; }  // blocks only
   int64_t used_blocks() const { return used_blocks_; }
   size_t metadata_bytes() const;
-  int total_ids() const { return static_cast<int>(slabs_.size()) << kSlotBits; }  // every BlockId is below it
+  int total_ids() const { return static_cast<int>(quarters_.size()) << kSlotBits; }  // every BlockId is below it
 
-  // CHECKs the accounting: free + held = capacity, each slab's free slots are where they are said to be.
+  // CHECKs the accounting: free + held = capacity, free slots and free quarters are where they are said to be.
   void CheckIntegrity() const;
 
  private:
-  static constexpr int kSlotBits = 10;
-  static constexpr int kSlotsMax = 1 << kSlotBits;  // of a slab; a class of very small blocks leaves the rest unused
+  static constexpr int kSlotBits = 7;
+  static constexpr int kSlotsMax = 1 << kSlotBits;  // classes of very small blocks leave the rest of a slab unused
+  static constexpr uint8_t kAllFree = (1 << kSlabQuarters) - 1;
 
-  struct Slab {
-    int block_class = -1;                      // -1: free
+  // A quarter, or a whole slab by its first one.
+  struct Quarter {
+    int block_class = -1;                      // -1: free, or not the first of a whole slab
     uint32_t block_bytes = 0;                  // of its class
     int used = 0;                              // blocks in use
     uint64_t free_slots[kSlotsMax / 64] = {};  // bit set: slot is free
   };
-  // The slabs of one class with a free slot, as a set of bits.
-  struct Partial {
+  struct Class {
+    size_t block_bytes = 0;
+    bool whole = false;  // takes whole slabs
+    int slots = 0;       // of a slab, or of a quarter
+  };
+  // Some of the slabs or quarters, as a set of bits.
+  struct Set {
     std::vector<uint64_t> words;
     size_t first = 0;  // no bit is set before this word
 
-    void Add(int slab);
-    void Remove(int slab) { words[slab / 64] &= ~(uint64_t{1} << (slab % 64)); }
-    bool Has(int slab) const { return (words[slab / 64] >> (slab % 64) & 1) != 0; }
+    explicit Set(int size) : words(CeilDiv(size, 64)) {}
+    void Add(int i);
+    void Remove(int i) { words[i / 64] &= ~(uint64_t{1} << (i % 64)); }
+    bool Has(int i) const { return (words[i / 64] >> (i % 64) & 1) != 0; }
     int Lowest();  // -1: none
   };
 
   Arena(std::byte* base, size_t slab_bytes, int n_slabs, std::span<const size_t> class_bytes);
-  int Slots(int block_class) const;
+  int Open(int block_class);  // a slab or quarter for it; -1: none is left
+  BlockId AllocateIn(int quarter);
+  // The first quarter of a free slab, or a free quarter of a divided one; -1: no slab is left.
+  int Take(bool whole);
+  void GiveBack(int quarter, bool whole);
+  size_t SlabsOf(size_t whole, size_t quarters) const { return whole + CeilDiv<size_t>(quarters, kSlabQuarters); }
 
   std::byte* base_;
-  size_t slab_bytes_;
+  size_t quarter_bytes_;
   size_t used_bytes_ = 0;
   int64_t used_blocks_ = 0;
-  std::vector<Slab> slabs_;
+  std::vector<Quarter> quarters_;
+  std::vector<uint8_t> free_quarters_;  // by slab: a bit for each, kAllFree where it is free; 0 where it serves a class
   std::vector<int> free_slabs_;
-  std::vector<size_t> class_bytes_;  // by class
-  std::vector<Partial> partial_;     // by class
-  std::vector<int> free_slots_;      // by class, over its slabs
+  Set divided_;                  // slabs with some free quarters and some not
+  size_t divided_quarters_ = 0;  // free ones in those
+  std::vector<Class> classes_;
+  std::vector<Set> partial_;     // by class: quarters (first ones of whole slabs) with a free slot
+  std::vector<int> free_slots_;  // by class, over those
 };
 
 }  // namespace jointkv::kv

@@ -67,8 +67,10 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector
       marks_(arena_->total_ids()),
       index_(RandomKey()),
       widest_window_(std::ranges::max(shape_.window)) {
-  const size_t slabs = arena_->capacity_bytes() / arena_->slab_bytes();
-  spare_slabs_ = static_cast<int>(std::min((codecs_.size() - 1) * codec::kClasses, slabs / 16));
+  std::vector<int> one_encoded(codecs_.size() * codec::kClasses, 1);
+  std::fill_n(one_encoded.begin(), codec::kClasses, 0);
+  const size_t spare = std::min(arena_->HeldBytesOf(one_encoded), arena_->capacity_bytes() / 16);
+  spare_slabs_ = static_cast<int>(spare / arena_->slab_bytes());
 }
 
 KvCache::~KvCache() = default;
@@ -667,8 +669,8 @@ BlockId KvCache::MoveDown(SequenceId id, int table, int index) {
   CHECK(Redirectable(id, table, index));
   Sequence& s = Get(id);
   const BlockId own = Row(s, table)[index];
-  if (!arena_->HasRoomBelow(own)) return own;
-  const BlockId target = arena_->Allocate(arena_->class_of(own));
+  const BlockId target = arena_->AllocateBelow(own);
+  if (!target.valid()) return own;
   std::memcpy(arena_->data(target), arena_->data(own), block_bytes(own));
   Ref(target);
   const uint8_t represents = marks_[own.index()] & kRepresents;
@@ -755,9 +757,11 @@ size_t KvCache::LeastBytes(std::span<const TokenId> tokens, int more) const {
 }
 
 bool KvCache::HasRoomFor(int tokens, size_t reserve_bytes) const {
-  // In a full store each class leaves half a slab on average; and Append leaves the spare ones.
+  // In a full store each class leaves half a slab or quarter on average; and Append leaves the spare ones.
+  int one[codec::kClasses];
+  std::ranges::fill(one, 1);
   const size_t capacity = arena_->capacity_bytes();
-  const size_t gaps = std::min(codec::kClasses / 2 * arena_->slab_bytes(), capacity / 16);
+  const size_t gaps = std::min(arena_->HeldBytesOf(one) / 2, capacity / 16);
   const size_t spare = spare_slabs_ * arena_->slab_bytes();
   return running_bytes_ + reserve_bytes + MinimumBytes(tokens) <= capacity - gaps - spare;
 }
