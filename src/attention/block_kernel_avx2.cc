@@ -44,7 +44,7 @@ struct Scratch {
   int queries;
   int head_dim;
   float* scores;  // (visits, queries, kTokensMax), then weights
-  float* q;       // (visits, queries, head_dim) rotated
+  float* q;       // (visits, queries, 2, head_dim / 2) rotated
 };
 
 // Makes GCC keep a sum in its register. Left alone it loads so far ahead that sums wait on the stack.
@@ -157,10 +157,10 @@ __attribute__((noinline)) void ScoreTokens(const Visit& visit, int first, int he
     __m256i pairs[kVectors];
     range.Step();
     Load(at, offset, pairs);
-    AddHalves<false>(pairs, q + 2 * pair, head_dim, sum);
+    AddHalves<false>(pairs, q + pair, head_dim, sum);
     range.Step();
     Load(at, offset, pairs);
-    AddHalves<true>(pairs, q + 2 * pair + 1, head_dim, sum);
+    AddHalves<true>(pairs, q + head_dim / 2 + pair, head_dim, sum);
   }
   ahead.Return(range);
 #pragma GCC unroll 8
@@ -181,8 +181,8 @@ __attribute__((noinline)) void ScoreShort(const Visit& visit, int head_dim, cons
   const ptrdiff_t stride = static_cast<ptrdiff_t>(visit.cap) * 4;
   for (int pair = 0; pair < head_dim / 2; ++pair, at += stride) {
     const __m256i pairs[1] = {_mm256_maskload_epi32(reinterpret_cast<const int*>(at), mask)};
-    AddHalves<false>(pairs, q + 2 * pair, head_dim, sum);
-    AddHalves<true>(pairs, q + 2 * pair + 1, head_dim, sum);
+    AddHalves<false>(pairs, q + pair, head_dim, sum);
+    AddHalves<true>(pairs, q + head_dim / 2 + pair, head_dim, sum);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) _mm256_storeu_ps(scores + r * kTokensMax, sum[r][0]);
@@ -258,7 +258,7 @@ void WeightedSum(const Visit& visit, const Group& group, int head_dim, const flo
   }
 }
 
-// Rotates q (queries, 2, n_pairs), times `factor`, into (queries, n_pairs, 2).
+// Rotates q (queries, 2, n_pairs), times `factor`, into the same order.
 void RotateQueries(const Visit& visit, int queries, int head_dim, float* out) {
   const int n_pairs = head_dim / 2;
   const __m256 factor = _mm256_set1_ps(visit.k_scale);
@@ -266,16 +266,11 @@ void RotateQueries(const Visit& visit, int queries, int head_dim, float* out) {
     const __m256 cos = _mm256_mul_ps(factor, _mm256_loadu_ps(visit.cos + i));
     const __m256 sin = _mm256_mul_ps(factor, _mm256_loadu_ps(visit.sin + i));
     for (int g = 0; g < queries; ++g) {
-      const float* q = visit.q + static_cast<ptrdiff_t>(g) * head_dim + i;
-      const __m256 x = _mm256_loadu_ps(q);
-      const __m256 y = _mm256_loadu_ps(q + n_pairs);
-      const __m256 first = _mm256_fmsub_ps(x, cos, _mm256_mul_ps(y, sin));
-      const __m256 second = _mm256_fmadd_ps(x, sin, _mm256_mul_ps(y, cos));
-      const __m256 low = _mm256_unpacklo_ps(first, second);
-      const __m256 high = _mm256_unpackhi_ps(first, second);
-      float* to = out + static_cast<ptrdiff_t>(g) * head_dim + 2 * i;
-      _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
-      _mm256_storeu_ps(to + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
+      const ptrdiff_t at = static_cast<ptrdiff_t>(g) * head_dim + i;
+      const __m256 x = _mm256_loadu_ps(visit.q + at);
+      const __m256 y = _mm256_loadu_ps(visit.q + at + n_pairs);
+      _mm256_storeu_ps(out + at, _mm256_fmsub_ps(x, cos, _mm256_mul_ps(y, sin)));
+      _mm256_storeu_ps(out + at + n_pairs, _mm256_fmadd_ps(x, sin, _mm256_mul_ps(y, cos)));
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <spdlog/fmt/fmt.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -11,6 +12,7 @@
 #include "base/bytes.h"
 #include "cli/batch.h"
 #include "cli/engine_options.h"
+#include "cli/model_size.h"
 #include "cli/output_files.h"
 #include "cli/rag_runs.h"
 #include "cli/summary.h"
@@ -27,9 +29,18 @@ void CapacityMeter::AfterStep() {
                       .seconds = stats.decode_s - last_.decode_s,
                       .attention_s = stats.attention_s - last_.attention_s,
                       .attention_plan_s = stats.attention_plan_s - last_.attention_plan_s,
-                      .kv_bytes = static_cast<double>(engine_.cache().running_bytes())});
+                      .kv_bytes = static_cast<double>(engine_.cache().running_bytes()),
+                      .attention_flops = StepFlops(static_cast<double>(stats.decode_tokens - last_.decode_tokens))});
   }
   last_ = stats;
+}
+
+// Of `queries`, each of which sees as much as the sequences that run hold on average.
+double CapacityMeter::StepFlops(double queries) const {
+  const kv::KvCache& cache = engine_.cache();
+  const double tokens = static_cast<double>(cache.logical_bytes()) / cache.shape().logical_token_bytes();
+  const int running = std::max(1, engine_.stats().running);
+  return queries * AttentionFlops(engine_.model().hyperparameters(), tokens / running);
 }
 
 CapacityMeter::Decoding CapacityMeter::decoding() const {
@@ -44,6 +55,7 @@ CapacityMeter::Decoding CapacityMeter::decoding() const {
     mean.attention_s += (step.attention_s - mean.attention_s) / n;
     mean.attention_plan_s += (step.attention_plan_s - mean.attention_plan_s) / n;
     mean.kv_bytes += (step.kv_bytes - mean.kv_bytes) / n;
+    mean.attention_flops += (step.attention_flops - mean.attention_flops) / n;
   }
   return mean;
 }
@@ -82,6 +94,8 @@ nlohmann::ordered_json ToJson(const CapacityFlags& flags, size_t kv_bytes, const
                                {"attention_s", result.decoding.attention_s},
                                {"attention_plan_s", result.decoding.attention_plan_s},
                                {"kv_bytes_read", result.decoding.kv_bytes},
+                               {"attention_gb_s", result.decoding.attention_gb_s()},
+                               {"attention_gflop_s", result.decoding.attention_gflop_s()},
                                {"fusion_share", result.fusion_share},
                                {"summary", ToJson(result.summary)}});
   }
@@ -90,11 +104,13 @@ nlohmann::ordered_json ToJson(const CapacityFlags& flags, size_t kv_bytes, const
 
 void PrintRow(std::FILE* out, const CapacityResult& result, const CapacityResult& base) {
   const CapacityMeter::Decoding& decoding = result.decoding;
-  fmt::print(out, "{:<9}{:>6}{:>8.2f}{:>14.1f}{:>10.0f}{:>8.2f}{:>13.1f}{:>11.1f}{:>9.1f}{:>10.2f}{:>13}{:>9.1f}\n",
-             joint::PolicyName(result.policy), result.held, Ratio(result.held, base.held), decoding.requests,
-             decoding.tok_s(), Ratio(decoding.tok_s(), base.decoding.tok_s()), 1e3 * decoding.attention_s,
-             1e3 * decoding.seconds, decoding.kv_bytes / 1e6, result.summary.req_s, result.summary.preemptions,
-             100 * result.fusion_share);
+  fmt::print(
+      out,
+      "{:<9}{:>6}{:>8.2f}{:>14.1f}{:>10.0f}{:>8.2f}{:>13.1f}{:>11.1f}{:>9.1f}{:>7.1f}{:>9.1f}{:>10.2f}{:>13}{:>9.1f}\n",
+      joint::PolicyName(result.policy), result.held, Ratio(result.held, base.held), decoding.requests, decoding.tok_s(),
+      Ratio(decoding.tok_s(), base.decoding.tok_s()), 1e3 * decoding.attention_s, 1e3 * decoding.seconds,
+      decoding.kv_bytes / 1e6, decoding.attention_gb_s(), decoding.attention_gflop_s(), result.summary.req_s,
+      result.summary.preemptions, 100 * result.fusion_share);
   std::fflush(out);
 }
 
@@ -141,9 +157,11 @@ int RunCapacity(const CapacityFlags& flags) {
     kv_bytes = engine->kv_stats().capacity_bytes;
     if (results.empty()) {
       ArmInterrupt();
-      fmt::print(out, "{}, in {} of KV memory\n\n{:<9}{:>6}{:>8}{:>14}{:>10}{:>8}{:>13}{:>11}{:>9}{:>10}{:>13}{:>9}\n",
-                 RagTitle(flags.rag), FormatBytes(kv_bytes), "fusion", "held", "ratio", "decoding then", "tok/s",
-                 "ratio", "attention ms", "of step ms", "KV MB", "req/s", "preemptions", "fusing %");
+      fmt::print(
+          out,
+          "{}, in {} of KV memory\n\n{:<9}{:>6}{:>8}{:>14}{:>10}{:>8}{:>13}{:>11}{:>9}{:>7}{:>9}{:>10}{:>13}{:>9}\n",
+          RagTitle(flags.rag), FormatBytes(kv_bytes), "fusion", "held", "ratio", "decoding then", "tok/s", "ratio",
+          "attention ms", "of step ms", "KV MB", "GB/s", "GFLOP/s", "req/s", "preemptions", "fusing %");
       std::fflush(out);
     }
     const Expected<CapacityResult> result = RunOne(flags, *maker, *engine);

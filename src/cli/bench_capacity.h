@@ -27,11 +27,16 @@ class CapacityMeter {
     double attention_s = 0;
     double attention_plan_s = 0;
     double kv_bytes = 0;  // that some sequence refers to: what attention has to read at least
+    double attention_flops = 0;
     double tok_s() const { return seconds > 0 ? requests / seconds : 0; }
+    double attention_gb_s() const { return attention_s > 0 ? kv_bytes / attention_s / 1e9 : 0; }
+    double attention_gflop_s() const { return attention_s > 0 ? attention_flops / attention_s / 1e9 : 0; }
   };
   Decoding decoding() const;
 
  private:
+  double StepFlops(double queries) const;
+
   const engine::Engine& engine_;
   engine::EngineStats last_;
   int held_ = 0;

@@ -4,6 +4,7 @@
 
 #include <random>
 
+#include "cli/model_size.h"
 #include "engine/test_models.h"
 
 namespace jointkv::cli {
@@ -45,6 +46,9 @@ TEST(CapacityMeterTest, CountsWhatRanAndTheStepsThatOnlyDecode) {
   EXPECT_LT(decoding.attention_s + decoding.attention_plan_s, decoding.seconds);
   EXPECT_GT(decoding.kv_bytes, decoding.requests * 1200 * 2);
   EXPECT_LE(decoding.kv_bytes, static_cast<double>((*engine)->kv_stats().capacity_bytes));
+  const gguf::Hyperparameters& hp = (*engine)->model().hyperparameters();
+  EXPECT_GE(decoding.attention_flops, decoding.requests * AttentionFlops(hp, 1200));
+  EXPECT_LE(decoding.attention_flops, decoding.requests * AttentionFlops(hp, 1224));
 }
 
 }  // namespace
