@@ -262,7 +262,7 @@ Fusion::Candidate Fusion::Nearest(int table, GroupId group, const std::byte* dat
        at = representatives_[at].next, ++tried) {
     test(at);
   }
-  decision.equal_tokens = nearest.distance <= limit;
+  const BlockId of_equal_tokens = nearest.block;
   if (options_.similarity && !(nearest.distance <= limit)) {
     const Sketches::Shape shape = ShapeOf(group);
     decision.sketch = sketches_.Of(KindOf(table), data, shape);
@@ -272,13 +272,15 @@ Fusion::Candidate Fusion::Nearest(int table, GroupId group, const std::byte* dat
       ++tried;
     }
   }
+  decision.equal_tokens = nearest.block == of_equal_tokens;
   decision.rejected = tried > 0 && !(nearest.distance <= limit);
   return nearest;
 }
 
 // The nearest representative within the budget takes the block in, and moves towards it as far as the bound of its
 // worst member allows: a step s takes every old member at most s farther away (triangle inequality), and brings the new
-// one as much nearer.
+// one as much nearer. Where else a difference would be kept, one that stands beyond the budget is met half way, if some
+// step leaves all within it.
 Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const kv::LogicalBlock& block,
                               const Scratch& scratch) {
   const double limit = std::sqrt(static_cast<double>(options_.budget));
@@ -288,14 +290,15 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
   const auto [nearest, distance] = Nearest(table, group, data, block, scratch, decision);
   if (!nearest.valid()) return decision;
   decision.target = nearest;
-  if (!(distance <= limit)) return Differ(table, distance, data, block, scratch, decision);
-  decision.kind = Decision::Kind::kFuse;
+  Representative& record = representatives_[nearest];
+  const bool beyond = !(distance <= limit);
+  const double room = record.fixed ? 0 : kStepShare * (limit - record.bound);
+  const double least = beyond ? distance - kStepShare * limit : 0;
+  if (beyond && !(cache_.residuals() && least <= room)) return Differ(table, distance, data, block, scratch, decision);
 
-  Representative& record = representatives_[decision.target];
-  ++record.weight;
-  const std::byte* mean = Values(table, decision.target, cap, scratch.candidate);
+  const std::byte* mean = Values(table, nearest, cap, scratch.candidate);
   double bound = std::max<double>(record.bound, distance);
-  const double step = record.fixed ? 0 : std::min(distance / record.weight, kStepShare * (limit - record.bound));
+  const double step = std::max(least, std::min(distance / (record.weight + 1), room));
   if (step > (record.codec == written_ ? 0 : kStepWorthEncoding * limit)) {
     const auto weight = static_cast<float>(step / distance);
     Blend(cache_.shape().layout, mean, 1 - weight, data, weight, cap, scratch.blend);
@@ -310,11 +313,14 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
     const double left = Between(table, data, scratch.blend, cap, tokens);
     const double moved_bound = std::max(record.bound + moved, left);
     if (moved_bound <= limit) {
-      std::memcpy(cache_.data(decision.target), stored, BytesIn(record.codec, cap));
+      std::memcpy(cache_.data(nearest), stored, BytesIn(record.codec, cap));
       bound = moved_bound;
     }
   }
+  if (beyond && bound > limit) return Differ(table, distance, data, block, scratch, decision);
+  ++record.weight;
   record.bound = static_cast<float>(bound);
+  decision.kind = Decision::Kind::kFuse;
   decision.bound = record.bound;
   return decision;
 }

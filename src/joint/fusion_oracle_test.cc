@@ -404,7 +404,7 @@ FusionOptions WithResiduals(float budget) {
 }
 
 TEST(FusionOracle, FullAttention) {
-  RunConfig({"full", {1, 8, Codec::kBf16}, {0, 0}, 10, true, WithResiduals(0.06F), 21});
+  RunConfig({"full", {1, 8, Codec::kBf16}, {0, 0}, 10, true, WithResiduals(0.01F), 21});
 }
 TEST(FusionOracle, Windows) { RunConfig({"windows", {2, 4, Codec::kF16}, {0, 12, 40}, 14, true, Bounded(0.1F), 22}); }
 TEST(FusionOracle, NoPrefixCache) {

@@ -838,7 +838,7 @@ TEST(Fusion, ABlockBeyondTheBudgetIsKeptAsADifference) {
     const SequenceId a = world.Run(Prompt(0, kText), {});
     const BlockId of = world.Block(a, kTextIndex);
     int who = 1;
-    for (const auto& [place, codec] : {std::pair{0.25, Codec::kQ1}, {1.0, Codec::kQ4}}) {
+    for (const auto& [place, codec] : {std::pair{1.0, Codec::kQ4}, {0.25, Codec::kQ1}}) {
       const SequenceId b = world.Run(Prompt(who++, kText), {place, 0});
       const BlockId difference = world.Block(b, kTextIndex);
       ASSERT_EQ(world->base(difference), of) << place;
@@ -852,6 +852,27 @@ TEST(Fusion, ABlockBeyondTheBudgetIsKeptAsADifference) {
     const SequenceId far = world.Run(Prompt(who, kText), {3, 0});
     EXPECT_FALSE(world->base(world.Block(far, kTextIndex)).valid()) << "not even four bits do";
     EXPECT_LT(world.Nmse(far, kTextIndex, 0), 1e-3);
+  }
+}
+
+// Both are then within the budget of what lies between; with one kept as a difference it could not move any more.
+TEST(Fusion, ABlockBeyondTheBudgetIsMetHalfWayWhereDifferencesAreKept) {
+  for (const bool residuals : {false, true}) {
+    World world({.residuals = residuals});
+    const SequenceId a = world.Run(Prompt(0, kText), {});
+    const SequenceId b = world.Run(Prompt(1, kText), {0.25, 0});
+    EXPECT_EQ(world.Shared(a, b, kTextIndex), residuals);
+    if (!residuals) continue;
+    for (const SequenceId id : {a, b}) {
+      EXPECT_GT(world.Nmse(id, kTextIndex, 0), 0.1 * kBudget);
+      EXPECT_LE(world.Nmse(id, kTextIndex, 0), kBudget);
+    }
+    EXPECT_EQ(world.fusion().stats().residuals, 0);
+    EXPECT_EQ(world.fusion().stats().rejected, 0);
+    EXPECT_LE(world.fusion().stats().worst_nmse, kBudget * (1 + 1e-6));
+    const SequenceId c = world.Run(Prompt(2, kText), {-0.25, 0});  // too far from b for one to stand for both
+    EXPECT_TRUE(world->base(world.Block(c, kTextIndex)).valid());
+    EXPECT_LE(world.Nmse(c, kTextIndex, 0), kBudget);
   }
 }
 
