@@ -101,8 +101,9 @@ void Fusion::EncodeBounded(SequenceId sequence, kv::SealedRange range) {
       for (size_t i = 0; i < n; ++i) land(table, sealed_[i], decisions_[table * n + i]);
     }
   };
+  for_each(
+      [&](int table, const Sealed& sealed, const Decision& decision) { Redirect(sequence, table, sealed, decision); });
   for_each([&](int table, const Sealed& sealed, Decision& decision) {
-    Redirect(sequence, table, sealed, decision);
     if (decision.kind == Decision::Kind::kDiffer && cache_.watched(decision.target)) {
       KeepDifference(sequence, table, sealed, decision);
       decision.kind = Decision::Kind::kLeave;

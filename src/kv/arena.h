@@ -66,7 +66,8 @@ class Arena {
   size_t capacity_bytes() const { return free_quarters_.size() * slab_bytes(); }
   // Whole slabs, also those of which only some quarters are in use.
   size_t held_bytes() const { return (free_quarters_.size() - free_slabs_.size()) * slab_bytes(); }
-  size_t used_bytes() const { return used_bytes_; }  // blocks only
+  size_t free_quarter_bytes() const { return divided_quarters_ * quarter_bytes_; }  // of held slabs
+  size_t used_bytes() const { return used_bytes_; }                                 // blocks only
   int64_t used_blocks() const { return used_blocks_; }
   size_t metadata_bytes() const;
   int total_ids() const { return static_cast<int>(quarters_.size()) << kSlotBits; }  // every BlockId is below it

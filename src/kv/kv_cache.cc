@@ -757,13 +757,15 @@ size_t KvCache::LeastBytes(std::span<const TokenId> tokens, int more) const {
 }
 
 bool KvCache::HasRoomFor(int tokens, size_t reserve_bytes) const {
-  // In a full store each class leaves half a slab or quarter on average; and Append leaves the spare ones.
+  // In a full store each class leaves half a slab or quarter on average, and Append leaves the spare ones. Free
+  // quarters do not serve every class.
   int one[codec::kClasses];
   std::ranges::fill(one, 1);
   const size_t capacity = arena_->capacity_bytes();
   const size_t gaps = std::min(arena_->HeldBytesOf(one) / 2, capacity / 16);
   const size_t spare = spare_slabs_ * arena_->slab_bytes();
-  return running_bytes_ + reserve_bytes + MinimumBytes(tokens) <= capacity - gaps - spare;
+  return running_bytes_ + reserve_bytes + MinimumBytes(tokens) <=
+         capacity - std::min(capacity, gaps + spare + std::min(arena_->free_quarter_bytes(), capacity / 32));
 }
 
 std::span<const LogicalBlock> KvCache::blocks(SequenceId sequence) const { return Get(sequence).blocks; }
