@@ -340,51 +340,61 @@ Visit Attention::VisitOf(const BlockRun& run, int index, int row, int position, 
 // the next few, what was asked for meanwhile.
 void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread) {
   Visit visits[kVisitsMax];
+  InPlace in_place[kVisitsMax];
   VisitArgs args;
   args.layout = runs_.front().layout;
   args.visits = visits;
   args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
   HeadReader reader(ReaderScratch(thread));
-  const int head_dim = shape_.head_dim;
   for (int first = part.first; first < part.last; first += args.n) {
     args.n = std::min(kVisitsMax, part.last - first);
-    for (int i = 0; i < args.n; ++i) visits[i] = FirstHead(plan, part, first + i, rope);
-    for (int head = 0; head < shape_.n_heads; head += args.queries) {
-      args.queries = std::min(kGroupMax, shape_.group() - head % shape_.group());
-      for (int i = 0; i < args.n && head % shape_.group() == 0; ++i) {
-        const PlannedVisit& planned = plan.visits[first + i];
-        visits[i].k = reader.Keys(runs_[planned.span], planned.block, head / shape_.group());
-        visits[i].v = reader.Values(runs_[planned.span], planned.block, head / shape_.group());
-      }
+    for (int i = 0; i < args.n; ++i) visits[i] = FirstHead(plan, part, first + i, rope, in_place[i]);
+    for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
       for (int i = 0; i < args.n; ++i) {
-        if (plan.visits[first + i].first) Clear(visits[i], args.queries, head_dim);
+        const PlannedVisit& planned = plan.visits[first + i];
+        const BlockRun& run = runs_[planned.span];
+        if (!in_place[i].k) visits[i].k = reader.Keys(run, planned.block, kv_head);
+        if (!in_place[i].v) visits[i].v = reader.Values(run, planned.block, kv_head);
       }
-      attend_(args);
-      const bool same_kv_head = (head + args.queries) % shape_.group() != 0;
-      for (int i = 0; i < args.n; ++i) NextQueries(visits[i], args.queries, same_kv_head);
+      for (int g = 0; g < shape_.group(); g += kGroupMax) {
+        args.queries = std::min(kGroupMax, shape_.group() - g);
+        for (int i = 0; i < args.n; ++i) {
+          if (plan.visits[first + i].first) Clear(visits[i], args.queries, shape_.head_dim);
+        }
+        attend_(args);
+        for (int i = 0; i < args.n; ++i) NextQueries(visits[i], args.queries);
+      }
+      for (int i = 0; i < args.n; ++i) NextHead(visits[i], in_place[i]);
     }
   }
 }
 
-// A planned visit for the first queries of the first head; where its keys and values are is still to be set.
-Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope) {
+// A planned visit for the first queries of the first head. Where its keys and values are is still to be set for every
+// head unless they lie in place.
+Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope,
+                           InPlace& in_place) {
+  const auto run_of = [&](const PlannedVisit& v) -> const BlockRun& { return runs_[v.span]; };
   const PlannedVisit& planned = plan.visits[index];
-  Visit visit = VisitOf(runs_[planned.span], planned.block, planned.row, planned.position, plan.window, 0, rope);
+  Visit visit = VisitOf(run_of(planned), planned.block, planned.row, planned.position, plan.window, 0, rope);
+  visit.k = HeadReader::InPlace(run_of(planned), run_of(planned).k[planned.block]);
+  visit.v = HeadReader::InPlace(run_of(planned), run_of(planned).v[planned.block]);
+  in_place = {visit.k != nullptr, visit.v != nullptr};
   visit.sums = partials_.data() + planned.partial * partial_floats();
   visit.stats = visit.sums + shape_.d_q();
   const int next = index + kVisitsMax;
   if (next >= part.last) return visit;
-  const auto run_of = [&](const PlannedVisit& v) -> const BlockRun& { return runs_[v.span]; };
   const PlannedVisit& later = plan.visits[next];
   const PlannedVisit& before = plan.visits[next - 1];
   const BlockRun& run = run_of(later);
   const kv::KvCache& cache = *run.cache;
   visit.next_cap = run.blocks[later.block].cap;
+  // Its cosines and sines, which follow one another.
+  const float* rotation = rope.cos(later.position - run.blocks[later.block].base);
+  for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
   const auto ask_for = [&](BlockId block, BlockId block_before) -> const std::byte* {
     if (block == block_before) return nullptr;
-    const std::byte* data = cache.data(block);
-    if (cache.codec(block) == run.layout->codec) return data;
-    for (size_t at = 0; at < cache.block_bytes(block); at += 64) __builtin_prefetch(data + at, 0, 2);
+    if (const std::byte* data = HeadReader::InPlace(run, block)) return data;
+    for (size_t at = 0; at < cache.block_bytes(block); at += 64) __builtin_prefetch(cache.data(block) + at, 0, 2);
     return nullptr;
   };
   visit.next_k = ask_for(run.k[later.block], run_of(before).k[before.block]);
@@ -392,12 +402,16 @@ Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, 
   return visit;
 }
 
-void Attention::NextQueries(Visit& visit, int queries, bool same_kv_head) const {
+void Attention::NextQueries(Visit& visit, int queries) const {
   visit.q += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
   visit.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
   visit.stats += 2 * kGroupMax;
-  if (same_kv_head) return;
+}
+
+void Attention::NextHead(Visit& visit, const InPlace& in_place) const {
   const codec::BlockLayout& layout = *runs_.front().layout;
+  if (in_place.k) visit.k += layout.head_bytes(visit.cap);
+  if (in_place.v) visit.v += layout.head_bytes(visit.cap);
   if (visit.next_k != nullptr) visit.next_k += layout.head_bytes(visit.next_cap);
   if (visit.next_v != nullptr) visit.next_v += layout.head_bytes(visit.next_cap);
 }

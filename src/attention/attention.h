@@ -135,11 +135,17 @@ class Attention {
   // A row against the visible part of a block; where its keys and values are and its results go is still to be set.
   Visit VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
                 const dense::RopeTable& rope) const;
-  Visit FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope);
+  // Whether all heads of a visit's blocks lie as kernels read them, one after the other.
+  struct InPlace {
+    bool k = false;
+    bool v = false;
+  };
+  Visit FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope, InPlace& in_place);
   std::byte* ReaderScratch(int thread) {
     return scratch_.data() + thread * thread_scratch_bytes_ + kernel_scratch_bytes_;
   }
-  void NextQueries(Visit& visit, int queries, bool same_kv_head) const;
+  void NextQueries(Visit& visit, int queries) const;
+  void NextHead(Visit& visit, const InPlace& in_place) const;
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);

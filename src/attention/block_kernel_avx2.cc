@@ -18,6 +18,11 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kRowsMax = 6;  // queries that meet a block together
 constexpr int kTokensMax = codec::kBlockTokensMax;
+// Floats from a rotated query's row to the next, and to its second halves. Known here, so that one register addresses
+// all rows: with more GCC runs out of them and moves sums to the stack. Rows are an odd number of cache lines long, so
+// that they spread over all sets of a cache.
+constexpr int kQueryStride = kAvx2HeadDimMax + 16;
+constexpr int kHalfStride = kQueryStride / 2;
 
 // Vectors of sums of so many rows that 16 registers hold beside what is multiplied.
 constexpr int VectorsOf(int rows) { return rows <= 2 ? 4 : rows == 3 ? 3 : 2; }
@@ -34,24 +39,23 @@ struct Group {
 struct Scratch {
   explicit Scratch(const VisitArgs& args)
       : queries(args.queries),
-        head_dim(args.layout->head_dim),
         scores(args.scratch),
         q(args.scratch + static_cast<ptrdiff_t>(kVisitsMax) * kGroupMax * kTokensMax) {}
 
-  float* Query(int visit) const { return q + static_cast<ptrdiff_t>(visit) * queries * head_dim; }
+  float* Query(int visit) const { return q + static_cast<ptrdiff_t>(visit) * queries * kQueryStride; }
   float* Scores(int visit) const { return scores + static_cast<ptrdiff_t>(visit) * queries * kTokensMax; }
 
   int queries;
-  int head_dim;
   float* scores;  // (visits, queries, kTokensMax), then weights
-  float* q;       // (visits, queries, 2, head_dim / 2) rotated
+  float* q;       // (visits, queries, 2, kHalfStride) rotated
 };
 
 // Makes GCC keep a sum in its register. Left alone it loads so far ahead that sums wait on the stack.
 inline __attribute__((always_inline)) void Hold(__m256& value) { __asm__("" : "+x"(value)); }
 
 // What a later call reads. Blocks lie anywhere in memory and are read too fast for the processor to guess what comes
-// next. A line at a time: in a burst they would keep the present block's loads waiting.
+// next. A line at a time, into the second cache: in a burst, or on their way into the first one, which is too small for
+// the blocks of two calls, they would keep the present block's loads waiting.
 class Ahead {
  public:
   explicit Ahead(const VisitArgs& args) {
@@ -70,7 +74,7 @@ class Ahead {
 
     void Step() {
       if (at >= end) return;
-      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
       at += 64;
     }
   };
@@ -157,10 +161,10 @@ __attribute__((noinline)) void ScoreTokens(const Visit& visit, int first, int he
     __m256i pairs[kVectors];
     range.Step();
     Load(at, offset, pairs);
-    AddHalves<false>(pairs, q + pair, head_dim, sum);
+    AddHalves<false>(pairs, q + pair, kQueryStride, sum);
     range.Step();
     Load(at, offset, pairs);
-    AddHalves<true>(pairs, q + head_dim / 2 + pair, head_dim, sum);
+    AddHalves<true>(pairs, q + kHalfStride + pair, kQueryStride, sum);
   }
   ahead.Return(range);
 #pragma GCC unroll 8
@@ -181,8 +185,8 @@ __attribute__((noinline)) void ScoreShort(const Visit& visit, int head_dim, cons
   const ptrdiff_t stride = static_cast<ptrdiff_t>(visit.cap) * 4;
   for (int pair = 0; pair < head_dim / 2; ++pair, at += stride) {
     const __m256i pairs[1] = {_mm256_maskload_epi32(reinterpret_cast<const int*>(at), mask)};
-    AddHalves<false>(pairs, q + pair, head_dim, sum);
-    AddHalves<true>(pairs, q + head_dim / 2 + pair, head_dim, sum);
+    AddHalves<false>(pairs, q + pair, kQueryStride, sum);
+    AddHalves<true>(pairs, q + kHalfStride + pair, kQueryStride, sum);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) _mm256_storeu_ps(scores + r * kTokensMax, sum[r][0]);
@@ -266,11 +270,12 @@ void RotateQueries(const Visit& visit, int queries, int head_dim, float* out) {
     const __m256 cos = _mm256_mul_ps(factor, _mm256_loadu_ps(visit.cos + i));
     const __m256 sin = _mm256_mul_ps(factor, _mm256_loadu_ps(visit.sin + i));
     for (int g = 0; g < queries; ++g) {
-      const ptrdiff_t at = static_cast<ptrdiff_t>(g) * head_dim + i;
-      const __m256 x = _mm256_loadu_ps(visit.q + at);
-      const __m256 y = _mm256_loadu_ps(visit.q + at + n_pairs);
-      _mm256_storeu_ps(out + at, _mm256_fmsub_ps(x, cos, _mm256_mul_ps(y, sin)));
-      _mm256_storeu_ps(out + at + n_pairs, _mm256_fmadd_ps(x, sin, _mm256_mul_ps(y, cos)));
+      const float* in = visit.q + static_cast<ptrdiff_t>(g) * head_dim + i;
+      float* row = out + g * kQueryStride + i;
+      const __m256 x = _mm256_loadu_ps(in);
+      const __m256 y = _mm256_loadu_ps(in + n_pairs);
+      _mm256_storeu_ps(row, _mm256_fmsub_ps(x, cos, _mm256_mul_ps(y, sin)));
+      _mm256_storeu_ps(row + kHalfStride, _mm256_fmadd_ps(x, sin, _mm256_mul_ps(y, cos)));
     }
   }
 }
@@ -435,7 +440,7 @@ void AttendAvx2(const VisitArgs& args) {
 
 #include "base/avx2_pop.h"
 
-bool HasAvx2Kernel(int head_dim) { return HasAvx2() && head_dim % (2 * kLanes) == 0; }
+bool HasAvx2Kernel(int head_dim) { return HasAvx2() && head_dim % (2 * kLanes) == 0 && head_dim <= kAvx2HeadDimMax; }
 
 }  // namespace jointkv::attention
 

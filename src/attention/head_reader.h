@@ -25,6 +25,11 @@ class HeadReader {
   // scratch: ScratchBytes(head_dim), 64-byte aligned.
   explicit HeadReader(std::byte* scratch) : scratch_(scratch) {}
 
+  // The first head of a block that lies as kernels read it, its heads one after the other; null: it does not.
+  static const std::byte* InPlace(const BlockRun& run, BlockId block) {
+    return run.cache->codec(block) == run.layout->codec ? run.cache->data(block) : nullptr;
+  }
+
   const std::byte* Keys(const BlockRun& run, int index, int kv_head) {
     return Read(run, codec::Kind::kK, run.k[index], run.blocks[index].cap, kv_head);
   }
@@ -46,8 +51,7 @@ class HeadReader {
   }
 
   const std::byte* Read(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head) {
-    const codec::Codec codec = run.cache->codec(block);
-    if (codec == run.layout->codec) return run.cache->data(block) + run.layout->head_offset(kv_head, cap);
+    if (const std::byte* data = InPlace(run, block)) return data + run.layout->head_offset(kv_head, cap);
     Last& last = last_[static_cast<size_t>(kind)];
     const size_t place_bytes = PlaceBytes(run.layout->head_dim);
     std::byte* places = scratch_ + static_cast<size_t>(kind) * kPlaces * place_bytes;
@@ -56,7 +60,8 @@ class HeadReader {
       std::byte* out = places + last.place * place_bytes;
       if (const BlockId base = run.cache->base(block); base.valid()) {
         const std::byte* from = Alone(run, kind, base, cap, kv_head, places + kInFlight * place_bytes);
-        codec::DecodeHead(*run.layout, kind, codec, run.cache->data(block), kv_head, cap, from, out, cap);
+        codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, from, out,
+                          cap);
       } else {
         Alone(run, kind, block, cap, kv_head, out);
       }
@@ -67,13 +72,11 @@ class HeadReader {
   // A block that is no difference: where it lies, or decoded into `place`.
   static const std::byte* Alone(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head,
                                 std::byte* place) {
-    const codec::Codec codec = run.cache->codec(block);
-    const std::byte* data = run.cache->data(block);
-    if (codec == run.layout->codec) return data + run.layout->head_offset(kv_head, cap);
+    if (const std::byte* data = InPlace(run, block)) return data + run.layout->head_offset(kv_head, cap);
     const bool has_mean = kind == codec::Kind::kK && run.key_mean != nullptr;
     const std::byte* mean =
         has_mean ? run.key_mean + run.layout->head_offset(kv_head, codec::kBlockTokensMax) : nullptr;
-    codec::DecodeHead(*run.layout, kind, codec, data, kv_head, cap, mean, place);
+    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, mean, place);
     return place;
   }
 

@@ -71,8 +71,11 @@ struct VisitArgs {
   float* scratch = nullptr;  // VisitScratchFloats(head_dim), 64-byte aligned
 };
 
+inline constexpr int kAvx2HeadDimMax = 256;  // of AttendAvx2
+
 constexpr size_t VisitScratchFloats(int head_dim) {
-  return static_cast<size_t>(kVisitsMax) * kGroupMax * (RoundUp(head_dim, 32) + 2 * codec::kBlockTokensMax);
+  return static_cast<size_t>(kVisitsMax) * kGroupMax *
+         (std::max(RoundUp(head_dim, 32), kAvx2HeadDimMax) + 2 * codec::kBlockTokensMax);
 }
 
 // bf16 blocks with AVX-512 BF16: dot products of bf16 pairs, f32 sums; probabilities rounded to bf16.

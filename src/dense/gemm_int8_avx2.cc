@@ -233,7 +233,7 @@ void AddGroups(const Int8PanelArgs& args, int first_row, int rows, float* sums) 
   const auto pair_bytes = static_cast<ptrdiff_t>(2 * GroupBytes(args.format.shape));
   for (; group + 2 <= groups; group += 2) {
     if (first_row == args.first_row) {
-      for (ptrdiff_t i = 0; i < pair_bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+      for (ptrdiff_t i = 0; i < pair_bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
       ahead += pair_bytes;
     }
     AddGroup<kNibbles, false>(args, group, first_row, rows, sums);
