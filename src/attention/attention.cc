@@ -65,7 +65,7 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
     }
     plan_of_layer_.push_back(static_cast<int>(plan - plans_.begin()));
   }
-  q_.resize(static_cast<size_t>(max_rows) * shape.d_q());
+  q_ = Floats(static_cast<size_t>(max_rows) * shape.d_q());
   const size_t row_bytes =
       RoundUp<size_t>(VisitScratchFloats(shape.head_dim) + 2 * kGroupMax * (shape.head_dim + 2), 16) * sizeof(float);
   const size_t tile_bytes = (bf16_kernels_ ? TileScratchBytes : GenericTileScratchBytes)(tiles_ ? shape.head_dim : 0);
@@ -73,7 +73,12 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
   const bool plain = cache.shape().sealed.empty() && !cache.residuals();
   const size_t reader_bytes = plain ? 0 : HeadReader::ScratchBytes(shape.head_dim);
   thread_scratch_bytes_ = RoundUp<size_t>(kernel_scratch_bytes_ + reader_bytes, 4096);
-  scratch_ = HugeBuffer(thread_scratch_bytes_ * threads);
+  const size_t scratch_bytes = thread_scratch_bytes_ * threads;
+  scratch_ = {memory_.Allocate(scratch_bytes), scratch_bytes};
+}
+
+std::span<float> Attention::Floats(size_t n) {
+  return {reinterpret_cast<float*>(memory_.Allocate(n * sizeof(float))), n};
 }
 
 void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
@@ -99,7 +104,8 @@ void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
     PlanWindow(cache, plan);
     partials = std::max<size_t>(partials, plan.partials);
   }
-  if (partials * partial_floats() > partials_.size()) partials_.resize(partials * partial_floats());
+  const size_t floats = partials * partial_floats();
+  if (floats > partials_.size()) partials_ = Floats(std::max(floats, 2 * partials_.size()));
   times_.plan_s += MonotonicSeconds() - start_s;
 }
 

@@ -131,6 +131,7 @@ class Attention {
 
   void PlanWindow(const kv::KvCache& cache, WindowPlan& plan);
   void PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows);
+  std::span<float> Floats(size_t n);
   BlockRun RunOf(const kv::KvCache& cache, int layer, const RowSpan& span) const;
   // A row against the visible part of a block; where its keys and values are and its results go is still to be set.
   Visit VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
@@ -170,13 +171,15 @@ class Attention {
   std::vector<Segment> segments_;
   std::vector<WindowPlan> plans_;  // one per distinct window
   std::vector<int> plan_of_layer_;
-  std::vector<int> last_part_;   // (visiting rows) while planning
-  std::vector<BlockRun> runs_;   // (spans) of the present layer
-  std::vector<float> q_;         // (max_rows, n_heads, 2, head_dim / 2)
-  std::vector<float> partials_;  // (partials, n_heads, head_dim + 2): sums, max, total
+  std::vector<int> last_part_;  // (visiting rows) while planning
+  std::vector<BlockRun> runs_;  // (spans) of the present layer
   size_t kernel_scratch_bytes_ = 0;
   size_t thread_scratch_bytes_ = 0;
-  HugeBuffer scratch_;  // (threads, thread_scratch_bytes_): a kernel's, then a HeadReader's
+  // What every visit touches, on huge pages: small ones may happen to share sets of a cache, for the whole of a run.
+  HugeArena memory_;
+  std::span<float> q_;            // (max_rows, n_heads, 2, head_dim / 2)
+  std::span<float> partials_;     // (partials, n_heads, head_dim + 2): sums, max, total
+  std::span<std::byte> scratch_;  // (threads, thread_scratch_bytes_): a kernel's, then a HeadReader's
 };
 
 }  // namespace jointkv::attention
