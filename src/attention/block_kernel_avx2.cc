@@ -23,6 +23,7 @@ constexpr int kTokensMax = codec::kBlockTokensMax;
 // that they spread over all sets of a cache.
 constexpr int kQueryStride = kAvx2HeadDimMax + 16;
 constexpr int kHalfStride = kQueryStride / 2;
+static_assert(VisitScratchFloats(1) >= size_t{kVisitsMax} * kGroupMax * (kTokensMax + kQueryStride));
 
 // Vectors of sums of so many rows that 16 registers hold beside what is multiplied.
 constexpr int VectorsOf(int rows) { return rows <= 2 ? 4 : rows == 3 ? 3 : 2; }

@@ -4,6 +4,7 @@
 // unrotated, already multiplied by attention scale and log2(e), so that softmax works in powers of two.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 

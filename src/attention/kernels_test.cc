@@ -142,7 +142,7 @@ std::vector<float> RandomQueries(int queries, int head_dim) {
 
 // Attention picks the best kernel that the CPU has, so all are called here.
 TEST(KernelsTest, BlockKernelsAgreeOnBf16Blocks) {
-  for (const int head_dim : {16, 64, 80, 256}) {
+  for (const int head_dim : {16, 64, 80, 256, 320}) {
     const testing::ScopedTrace trace(__FILE__, __LINE__, "head_dim " + std::to_string(head_dim));
     Blocks blocks(head_dim);
     const std::vector<float> q = RandomQueries(kGroupMax, head_dim);
