@@ -91,6 +91,14 @@ class PageTest(unittest.TestCase):
         tab.type(text)
         tab.press("Enter")
 
+    def ask_for_a_long_story(self, tab):
+        """Which goes on whether or not the model would end it."""
+        tab.run("""(() => { const send = window.fetch; window.fetch = (url, options) => send(url, options?.body
+            ? {...options, body: JSON.stringify({...JSON.parse(options.body), ignore_eos: true})} : options); })()""")
+        self.set(tab, "max_tokens", 4000)
+        self.set(tab, "temperature", 1.5)
+        self.ask(tab, STORY)
+
     def wait_for(self, condition, what):
         """Until it holds for the server's status, which is made anew twice a second."""
         end = time.monotonic() + 60
@@ -144,9 +152,7 @@ class PageTest(unittest.TestCase):
 
     def test_stop_ends_the_request(self):
         tab = self.open()
-        self.set(tab, "max_tokens", 4000)
-        self.set(tab, "temperature", 1.5)
-        self.ask(tab, STORY)
+        self.ask_for_a_long_story(tab)
         tab.wait("document.querySelector('.message.assistant .text')?.textContent.length > 20")
         self.wait_for(lambda status: status["running"] > 0, "the request does not run")
         tab.click("#stop")
@@ -257,9 +263,7 @@ class PageTest(unittest.TestCase):
 
     def test_escape_stops_only_where_it_is_meant(self):
         tab = self.open()
-        self.set(tab, "max_tokens", 4000)
-        self.set(tab, "temperature", 1.5)
-        self.ask(tab, STORY)
+        self.ask_for_a_long_story(tab)
         tab.wait("document.querySelector('.message.assistant .text')?.textContent.length > 20")
         running = "document.querySelector('[aria-busy]') && !document.querySelector('.facts')"
         tab.run("document.getElementById('settings').open = true")
@@ -284,9 +288,7 @@ class PageTest(unittest.TestCase):
     def test_the_map_tells_of_what_is_pointed_at(self):
         for look in [{}, {"width": 390, "height": 844, "phone": True}]:
             tab = self.open(**look)
-            self.set(tab, "max_tokens", 4000)
-            self.set(tab, "temperature", 1.5)
-            self.ask(tab, STORY)
+            self.ask_for_a_long_story(tab)
             point = tab.tap_at if look else tab.click_at
             if look:
                 tab.click("#view-memory")
