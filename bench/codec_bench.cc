@@ -38,7 +38,7 @@ struct Blocks {
       }
     }
     for (size_t i = 0; i < n; ++i)
-      codec::EncodeBlock(plain, kind, to, source.data(), kCap, kCap, mean.data(), quantised.data() + i * block_bytes);
+      codec::EncodeBlock(plain, kind, to, source.data(), kCap, kCap, {mean.data()}, quantised.data() + i * block_bytes);
   }
 
   Codec to;
@@ -61,7 +61,7 @@ void Decode(benchmark::State& state) {
   size_t at = 0;
   for (auto _ : state) {
     codec::DecodeHead(blocks.plain, blocks.kind, blocks.to, blocks.quantised.data() + at * blocks.block_bytes, 0, kCap,
-                      blocks.mean.data(), blocks.decoded.data());
+                      {blocks.mean.data()}, blocks.decoded.data());
     benchmark::ClobberMemory();
     at = at + 1 == blocks.n ? 0 : at + 1;
   }
@@ -71,7 +71,7 @@ void Decode(benchmark::State& state) {
 void Encode(benchmark::State& state) {
   Blocks blocks(state);
   for (auto _ : state) {
-    codec::EncodeBlock(blocks.plain, blocks.kind, blocks.to, blocks.source.data(), kCap, kCap, blocks.mean.data(),
+    codec::EncodeBlock(blocks.plain, blocks.kind, blocks.to, blocks.source.data(), kCap, kCap, {blocks.mean.data()},
                        blocks.quantised.data());
     benchmark::ClobberMemory();
   }

@@ -65,6 +65,11 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
     }
     plan_of_layer_.push_back(static_cast<int>(plan - plans_.begin()));
   }
+  query_energy_.resize(cache.shape().n_layers());
+  for (int layer = 0; layer < cache.shape().n_layers(); ++layer) {
+    const int keys = 2 * layer + static_cast<int>(kv::Kind::kK);
+    if (codec::IsQuantised(cache.shape().sealed_codec(keys))) query_energy_[layer].sums.resize(shape.d_kv() / 2);
+  }
   q_ = Floats(static_cast<size_t>(max_rows) * shape.d_q());
   const size_t row_bytes =
       RoundUp<size_t>(VisitScratchFloats(shape.head_dim) + 2 * kGroupMax * (shape.head_dim + 2), 16) * sizeof(float);
@@ -238,7 +243,7 @@ BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& sp
   run.k_scale = cache.scales(span.sequence, layer, kv::Kind::kK);
   run.v_scale = cache.scales(span.sequence, layer, kv::Kind::kV);
   run.cache = &cache;
-  run.key_mean = cache.key_mean(layer);
+  run.key_reference = cache.key_reference(layer);
   return run;
 }
 
@@ -275,6 +280,32 @@ void Attention::Store(ThreadPool& pool, const kv::KvCache& cache, int layer, con
       StoreToken(args);
     }
   });
+  CountQueries(layer);
+}
+
+void Attention::CountQueries(int layer) {
+  QueryEnergy& energy = query_energy_[layer];
+  if (energy.sums.empty()) return;
+  const int pairs = shape_.head_dim / 2;
+  for (const RowSpan& span : spans_) {
+    for (int i = span.position == 0 ? 1 : 0; i < span.rows && energy.rows < kQueryRowsMax; ++i, ++energy.rows) {
+      const float* q = q_.data() + static_cast<ptrdiff_t>(span.first_row + i) * shape_.d_q();
+      for (int head = 0; head < shape_.n_heads; ++head, q += shape_.head_dim) {
+        double* sums = energy.sums.data() + static_cast<ptrdiff_t>(head / shape_.group()) * pairs;
+        for (int pair = 0; pair < pairs; ++pair) {
+          const double first = q[pair];
+          const double second = q[pairs + pair];
+          sums[pair] += first * first + second * second;
+        }
+      }
+    }
+  }
+}
+
+std::span<const double> Attention::query_energy(int layer) const {
+  const QueryEnergy& energy = query_energy_[layer];
+  if (energy.rows == 0) return {};
+  return energy.sums;
 }
 
 void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const dense::RopeTable& rope,

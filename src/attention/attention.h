@@ -73,6 +73,12 @@ class Attention {
   };
   const Times& times() const { return times_; }
 
+  // How queries weigh the channel pairs of a layer's keys: (n_kv_heads, head_dim / 2) sums of squares of their queries,
+  // over the first kQueryRowsMax rows that Store took, without sequences' first ones. Empty: there were none, or the
+  // store does not encode this layer's keys.
+  static constexpr int kQueryRowsMax = 1024;
+  std::span<const double> query_energy(int layer) const;
+
  private:
   // Rows of a span that fall into one logical block.
   struct Segment {
@@ -161,6 +167,8 @@ class Attention {
            static_cast<size_t>(2 * kGroupMax) * shape_.n_kv_heads * CeilDiv(shape_.group(), kGroupMax);
   }
 
+  void CountQueries(int layer);
+
   HeadShape shape_;
   Times times_;
   bool rows_independent_ = false;
@@ -171,8 +179,13 @@ class Attention {
   std::vector<Segment> segments_;
   std::vector<WindowPlan> plans_;  // one per distinct window
   std::vector<int> plan_of_layer_;
-  std::vector<int> last_part_;  // (visiting rows) while planning
-  std::vector<BlockRun> runs_;  // (spans) of the present layer
+  struct QueryEnergy {
+    std::vector<double> sums;  // empty: not counted
+    int rows = 0;
+  };
+  std::vector<QueryEnergy> query_energy_;  // by layer
+  std::vector<int> last_part_;             // (visiting rows) while planning
+  std::vector<BlockRun> runs_;             // (spans) of the present layer
   size_t kernel_scratch_bytes_ = 0;
   size_t thread_scratch_bytes_ = 0;
   // What every visit touches, on huge pages: small ones may happen to share sets of a cache, for the whole of a run.

@@ -60,8 +60,8 @@ class HeadReader {
       std::byte* out = places + last.place * place_bytes;
       if (const BlockId base = run.cache->base(block); base.valid()) {
         const std::byte* from = Alone(run, kind, base, cap, kv_head, places + kInFlight * place_bytes);
-        codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, from, out,
-                          cap);
+        codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, {from, cap},
+                          out);
       } else {
         Alone(run, kind, block, cap, kv_head, out);
       }
@@ -73,10 +73,10 @@ class HeadReader {
   static const std::byte* Alone(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head,
                                 std::byte* place) {
     if (const std::byte* data = InPlace(run, block)) return data + run.layout->head_offset(kv_head, cap);
-    const bool has_mean = kind == codec::Kind::kK && run.key_mean != nullptr;
-    const std::byte* mean =
-        has_mean ? run.key_mean + run.layout->head_offset(kv_head, codec::kBlockTokensMax) : nullptr;
-    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, mean, place);
+    const codec::Reference reference =
+        kind == codec::Kind::kK ? run.key_reference.OfHead(*run.layout, kv_head) : codec::Reference();
+    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, reference,
+                      place);
     return place;
   }
 

@@ -10,6 +10,7 @@
 
 #include "base/ids.h"
 #include "codec/layout.h"
+#include "codec/quantised.h"
 #include "dense/activations.h"
 #include "dense/rope.h"
 #include "kv/kv_cache.h"
@@ -27,7 +28,7 @@ struct BlockRun {
   const float* k_scale = nullptr;  // by logical index: factors of the blocks' keys and values; null: all 1
   const float* v_scale = nullptr;
   const kv::KvCache* cache = nullptr;
-  const std::byte* key_mean = nullptr;  // of encoded keys (codec/quantised.h)
+  codec::Reference key_reference = {};  // of encoded keys
 
   float KScale(int index) const { return k_scale == nullptr ? 1.0f : k_scale[index]; }
   float VScale(int index) const { return v_scale == nullptr ? 1.0f : v_scale[index]; }

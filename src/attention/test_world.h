@@ -11,6 +11,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numbers>
 #include <optional>
 #include <unordered_map>
 #include <utility>
@@ -86,7 +87,7 @@ class World {
     std::memset(cache_->data(BlockId(0)), 0xff, cache_->stats().capacity_bytes);
     heads_ = {shape.n_heads, shape.n_kv_heads, shape.head_dim, 1 / std::sqrt(static_cast<float>(shape.head_dim)),
               shape.neox};
-    if (shape.sealed.has_value()) SetKeyMeans();
+    if (shape.sealed.has_value()) SetKeyReferences();
     attention_ = std::make_unique<Attention>(heads_, *cache_, shape.threads, shape.tokens_max, shape.rows_independent);
     norm_weights_ = dense::RandomFloats(2 * shape.head_dim, 99);
     bf16_kernels_ = HasAvx512Bf16() && shape.codec == codec::Codec::kBf16;
@@ -140,7 +141,7 @@ class World {
     std::vector<double> v;  // (n_kv_heads, head_dim), scaled
   };
 
-  void SetKeyMeans() {
+  void SetKeyReferences() {
     const codec::BlockLayout& layout = cache_->shape().layout;
     for (int layer = 0; layer < cache_->shape().n_layers(); ++layer) {
       std::vector<std::byte> mean(layout.block_bytes(codec::kBlockTokensMax));
@@ -148,7 +149,9 @@ class World {
         codec::StoreToken(layout, kv::Kind::kK, mean.data(), codec::kBlockTokensMax, token,
                           dense::RandomFloats(heads_.d_kv(), 7000 + 100 * layer + token, 0.3F));
       }
-      cache_->SetKeyMean(layer, std::move(mean));
+      std::vector<float> scales = dense::RandomFloats(heads_.d_kv() / 2, 7050 + layer, 1.0F);
+      for (float& scale : scales) scale = std::exp2(scale);
+      cache_->SetKeyReference(layer, std::move(mean), std::move(scales));
     }
   }
 
@@ -166,8 +169,8 @@ class World {
         if (const BlockId base = BaseFor(sequence, table, index); base.valid()) {
           const codec::Codec to = kv::kResidualCodecs[(index + table) % kv::kResidualCodecs.size()];
           const std::vector<std::byte> mean = kv::StoredBlock(*cache_, table, base, block.cap);
-          codec::EncodeBlock(layout, kind, to, cache_->data(own), block.cap, block.tokens, mean.data(), encoded.data(),
-                             block.cap);
+          codec::EncodeBlock(layout, kind, to, cache_->data(own), block.cap, block.tokens, {mean.data(), block.cap},
+                             encoded.data());
           ASSERT_TRUE(cache_->Encode(sequence, table, index, to, encoded.data(), base).valid());
           ++encoded_;
           ++differences_;
@@ -175,7 +178,8 @@ class World {
         }
         if (!shape_.sealed.has_value() || (index + table) % 2 != 0) continue;
         codec::EncodeBlock(layout, kind, *shape_.sealed, cache_->data(own), block.cap, block.tokens,
-                           kind == kv::Kind::kK ? cache_->key_mean(table / 2) : nullptr, encoded.data());
+                           kind == kv::Kind::kK ? cache_->key_reference(table / 2) : codec::Reference(),
+                           encoded.data());
         ASSERT_TRUE(cache_->Encode(sequence, table, index, *shape_.sealed, encoded.data()).valid());
         ++encoded_;
       }
@@ -335,6 +339,8 @@ class World {
     Attention::HeadNorms norms;
     if (shape_.norms) norms = {norm_weights_.data(), norm_weights_.data() + shape_.head_dim, kEps};
     attention_->Store(pool_, *cache_, layer, rope_, norms, qkv.data());
+    CheckQueryEnergy(spans, histories, layer);
+    if (testing::Test::HasFatalFailure()) return;
     std::vector<float> out(static_cast<size_t>(rows) * heads_.d_q(), NAN);
     std::vector<uint16_t> out16(out.size(), 0xffff);
     const bool bf16 = shape_.out == dense::Precision::kBf16;
@@ -359,6 +365,35 @@ class World {
         }
       }
     }
+  }
+
+  void CheckQueryEnergy(const std::vector<RowSpan>& spans, const std::vector<std::vector<uint64_t>>& histories,
+                        int layer) {
+    const std::span<const double> counted = attention_->query_energy(layer);
+    if (!shape_.sealed.has_value()) {
+      ASSERT_TRUE(counted.empty()) << "nothing here is encoded";
+      return;
+    }
+    QueryEnergy& expected = query_energy_[layer];
+    expected.sums.resize(heads_.d_kv() / 2);
+    for (size_t s = 0; s < spans.size(); ++s) {
+      for (int position = std::max(1, spans[s].position); position < spans[s].position + spans[s].rows; ++position) {
+        if (expected.rows++ >= Attention::kQueryRowsMax) break;
+        for (int head = 0; head < heads_.n_heads; ++head) {
+          const std::vector<double> q =
+              PairOrder(Qkv(histories[s][position], layer).data() + static_cast<ptrdiff_t>(head) * heads_.head_dim,
+                        shape_.norms ? norm_weights_.data() : nullptr);
+          double* sums = expected.sums.data() + static_cast<ptrdiff_t>(head / heads_.group()) * n_pairs();
+          const double scale = heads_.scale * std::numbers::log2e;
+          for (int i = 0; i < n_pairs(); ++i)
+            sums[i] += scale * scale * (q[i] * q[i] + q[n_pairs() + i] * q[n_pairs() + i]);
+        }
+      }
+    }
+    ASSERT_EQ(counted.empty(), expected.rows == 0);
+    if (counted.empty()) return;
+    ASSERT_EQ(counted.size(), expected.sums.size());
+    for (size_t i = 0; i < counted.size(); ++i) ASSERT_NEAR(counted[i], expected.sums[i], 1e-5 * expected.sums[i]);
   }
 
   // Where the tolerance comes from. A kernel's score is off by e_t, its weight by a factor of at most exp(2 max|e_t|)
@@ -454,6 +489,11 @@ class World {
   Results results_;
   int encoded_ = 0;
   int differences_ = 0;
+  struct QueryEnergy {
+    std::vector<double> sums;  // (n_kv_heads, head_dim / 2)
+    int rows = 0;
+  };
+  std::map<int, QueryEnergy> query_energy_;  // by layer
   double worst_error_ = 0;
   double squared_error_ = 0;
   double predicted_variance_ = 0;

@@ -1,6 +1,7 @@
 #include "codec/quantised.h"
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "base/check.h"
@@ -69,8 +70,10 @@ void CheckArgs(const BlockLayout& layout, Codec codec, int cap) {
   CHECK(cap >= kClassStep && cap <= kBlockTokensMax && cap % kClassStep == 0);
 }
 
-const std::byte* HeadOf(const BlockLayout& layout, const std::byte* mean, int mean_cap, int head) {
-  return mean == nullptr ? nullptr : mean + layout.head_offset(head, mean_cap);
+HeadArgs ArgsOf(const BlockLayout& layout, Kind kind, Codec codec, int cap, const Reference& reference) {
+  HeadArgs args{kind, codec, layout.head_dim, cap, reference.mean, reference.mean_cap};
+  if (reference.pair_scales != nullptr) args.pair_scales = reference.pair_scales;
+  return args;
 }
 
 }  // namespace
@@ -97,28 +100,35 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
     std::memcpy(&bits, scales + static_cast<ptrdiff_t>(t) * 2, sizeof(bits));
     scale[t] = F32FromBf16(bits);
   }
-  // 15 bits of a level and 8 of a scale: the product is exact.
-  const auto value = [&](int c, int t) { return static_cast<float>(levels.x[c][t]) * scale[t]; };
-  const auto store = [&](ptrdiff_t at, ptrdiff_t mean_at, float first, float second) {
+  struct Value {
+    float level;
+    float scale;
+  };
+  const auto store = [&](ptrdiff_t at, ptrdiff_t mean_at, Value first, Value second) {
     const uint32_t mean = args.mean == nullptr ? 0 : PairAt(args.mean, mean_at);
-    const uint32_t pair = NormalBf16(first + Low(mean)) | NormalBf16(second + High(mean)) << 16;
+    const uint32_t pair = NormalBf16(std::fma(first.level, first.scale, Low(mean))) |
+                          NormalBf16(std::fma(second.level, second.scale, High(mean))) << 16;
     std::memcpy(out + at * 4, &pair, sizeof(pair));
   };
+  const auto level = [&](ptrdiff_t c, int t) { return static_cast<float>(levels.x[c][t]); };
   if (args.kind == Kind::kK) {
     for (ptrdiff_t pair = 0; pair < args.head_dim / 2; ++pair) {
-      for (int t = 0; t < args.cap; ++t)
-        store(pair * args.cap + t, pair * args.mean_cap + t, value(2 * pair, t), value(2 * pair + 1, t));
+      for (int t = 0; t < args.cap; ++t) {
+        const float s = scale[t] * args.pair_scales[pair];
+        store(pair * args.cap + t, pair * args.mean_cap + t, {level(2 * pair, t), s}, {level(2 * pair + 1, t), s});
+      }
     }
   } else {
     for (int t = 0; t < args.cap; t += 2) {
       const ptrdiff_t row = static_cast<ptrdiff_t>(t / 2) * args.head_dim;
-      for (int c = 0; c < args.head_dim; ++c) store(row + c, row + c, value(c, t), value(c, t + 1));
+      for (int c = 0; c < args.head_dim; ++c)
+        store(row + c, row + c, {level(c, t), scale[t]}, {level(c, t + 1), scale[t + 1]});
     }
   }
 }
 
 void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
-                 const std::byte* mean, std::byte* out, int mean_cap) {
+                 const Reference& reference, std::byte* out) {
   CheckArgs(source, to, cap);
   CHECK(tokens >= 0 && tokens <= cap);
   const auto encode = HasAvx512Kernels(source.head_dim) ? EncodeHeadAvx512
@@ -126,28 +136,28 @@ void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte
                                                         : EncodeHeadPortable;
   const BlockLayout target{source.n_kv_heads, source.head_dim, to};
   for (int head = 0; head < source.n_kv_heads; ++head) {
-    encode({kind, to, source.head_dim, cap, HeadOf(source, mean, mean_cap, head), mean_cap},
-           block + source.head_offset(head, cap), tokens, out + target.head_offset(head, cap));
+    encode(ArgsOf(source, kind, to, cap, reference.OfHead(source, head)), block + source.head_offset(head, cap), tokens,
+           out + target.head_offset(head, cap));
   }
   const size_t end = target.head_offset(target.n_kv_heads, cap);
   std::memset(out + end, 0, target.block_bytes(cap) - end);
 }
 
 void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
-                const std::byte* mean, std::byte* out, int mean_cap) {
+                const Reference& reference, std::byte* out) {
   CheckArgs(layout, from, cap);
   const auto decode = HasAvx512Kernels(layout.head_dim) ? DecodeHeadAvx512
                       : HasAvx2Kernels(layout.head_dim) ? DecodeHeadAvx2
                                                         : DecodeHeadPortable;
   const BlockLayout source{layout.n_kv_heads, layout.head_dim, from};
-  decode({kind, from, layout.head_dim, cap, mean, mean_cap}, block + source.head_offset(head, cap), out);
+  decode(ArgsOf(layout, kind, from, cap, reference), block + source.head_offset(head, cap), out);
 }
 
 void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
-                 const std::byte* mean, std::byte* out, int mean_cap) {
+                 const Reference& reference, std::byte* out) {
   for (int head = 0; head < layout.n_kv_heads; ++head) {
-    DecodeHead(layout, kind, from, block, head, cap, HeadOf(layout, mean, mean_cap, head),
-               out + layout.head_offset(head, cap), mean_cap);
+    DecodeHead(layout, kind, from, block, head, cap, reference.OfHead(layout, head),
+               out + layout.head_offset(head, cap));
   }
 }
 

@@ -1,5 +1,6 @@
 // Blocks of 8, 4, 2 and 1 bits a value, made from bf16 blocks and decoded into them. A head vector is one token's
-// head_dim values of one head, less what a mean holds for them; each has one bf16 scale. Layouts: layout.h.
+// head_dim values of one head, less what a mean holds for them and, of keys, each channel pair over a factor of its
+// own; each has one bf16 scale. Layouts: layout.h.
 //
 //   q8   value = scale * level, levels -127..127
 //   q4   values = scale * S H levels: S changes signs by a fixed pattern, H is the Walsh-Hadamard matrix (+-1) of the
@@ -11,8 +12,12 @@
 // decodes to the mean. Decoded values below 2^-126 are zeros. Every block decodes to finite values if its mean is
 // finite.
 //
-// Levels, transform and scaling are exact in the numbers that they are done in, so that results are the same bits on
-// every processor: two roundings are left, of the sum with the mean to f32 and of that to bf16.
+// The errors of a head vector are of one size in all channels before the factors undo what was done to their pairs.
+// With queries of energy w in a pair and keys of variance v around the mean, scores err least where that factor is (v /
+// w)^(1/4) (Cauchy-Schwarz: the error is then (sum sqrt(v w))^2 instead of sum v sum w).
+//
+// Levels and transform are exact in the numbers that they are done in, and products and sums are rounded as one (fused
+// multiply-add) or not at all, so that results are the same bits on every processor.
 //
 // Functions without state, for any thread. head_dim is even, 2..kQuantisedHeadDimMax, of whole bytes in the codec; cap
 // is a size class.
@@ -32,20 +37,36 @@ constexpr double GaussianLoss(Codec codec) {
   return codec == Codec::kQ4 ? 0.009506 : codec == Codec::kQ2 ? 0.11748 : 0.36338;
 }
 
+// What values are encoded relative to.
+struct Reference {
+  // Subtracted before and added after: bf16 of mean_cap tokens, laid out as the block; null: zeros. Token t takes the
+  // mean's token t.
+  const std::byte* mean = nullptr;
+  int mean_cap = kBlockTokensMax;
+  // Of keys: factors of what is left, (n_kv_heads, head_dim / 2), within 1 / kPairScaleMax and kPairScaleMax; null: 1.
+  const float* pair_scales = nullptr;
+
+  // That of one head.
+  Reference OfHead(const BlockLayout& layout, int head) const {
+    return {mean == nullptr ? nullptr : mean + layout.head_offset(head, mean_cap), mean_cap,
+            pair_scales == nullptr ? nullptr : pair_scales + static_cast<ptrdiff_t>(head) * (layout.head_dim / 2)};
+  }
+};
+
+inline constexpr float kPairScaleMax = 64;
+
 // block: `source` (bf16) of cap tokens, of which the first `tokens` count; the others of `out` decode to the mean.
-// mean: subtracted before and added after, laid out as `source` with mean_cap tokens; null: zeros. Token t takes the
-// mean's token t.
 // out: block_bytes(cap) bytes of the same heads in codec `to`, all of which are set.
 void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
-                 const std::byte* mean, std::byte* out, int mean_cap = kBlockTokensMax);
+                 const Reference& reference, std::byte* out);
 
-// layout: bf16. block: the whole block in codec `from`. mean: as in EncodeBlock, of this head. out: one head of cap
-// tokens.
+// layout: bf16. block: the whole block in codec `from`. reference: as in EncodeBlock, of this head. out: one head of
+// cap tokens.
 void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
-                const std::byte* mean, std::byte* out, int mean_cap = kBlockTokensMax);
+                const Reference& reference, std::byte* out);
 
 // out: block_bytes(cap) bytes; those past the heads stay as they are.
 void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
-                 const std::byte* mean, std::byte* out, int mean_cap = kBlockTokensMax);
+                 const Reference& reference, std::byte* out);
 
 }  // namespace jointkv::codec

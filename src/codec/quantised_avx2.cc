@@ -115,7 +115,7 @@ inline __m256i UpperBf16(__m256 value) {
   return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
-// scale * level + mean as bf16, where lanes are pairs: first in the low half. Level times scale is exact.
+// scale * level + mean as bf16, where lanes are pairs: first in the low half.
 template <bool kMean>
 inline __attribute__((always_inline)) __m256i Pairs(__m256i first, __m256i second, __m256 first_scale,
                                                     __m256 second_scale, const std::byte* mean, ptrdiff_t mean_at) {
@@ -157,10 +157,11 @@ void StoreK(const HeadArgs& args, const Levels& levels, const std::byte* scales,
           const auto sign = [](int c) __attribute__((always_inline)) {
             return _mm256_set1_epi32(static_cast<int>(kChannelSigns[c]));
           };
-          Store(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4,
-                Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(scale, sign(2 * pair)),
-                             Signed(scale, sign(2 * pair + 1)), args.mean,
-                             (pair * args.mean_cap + token) * ptrdiff_t{4}));
+          const __m256 own = _mm256_mul_ps(scale, _mm256_set1_ps(args.pair_scales[pair]));
+          Store(
+              out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4,
+              Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(own, sign(2 * pair)),
+                           Signed(own, sign(2 * pair + 1)), args.mean, (pair * args.mean_cap + token) * ptrdiff_t{4}));
         }
       });
 }
@@ -235,8 +236,9 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
         args, scales, [&](int token, __m256 scale) __attribute__((always_inline)) {
           for (int pair = 0; pair < args.head_dim / 2; ++pair) {
             const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
+            const __m256 own = _mm256_mul_ps(scale, _mm256_set1_ps(args.pair_scales[pair]));
             Store(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4,
-                  Pairs<kMean>(LoadQ8(levels), LoadQ8(levels + args.cap), scale, scale, args.mean,
+                  Pairs<kMean>(LoadQ8(levels), LoadQ8(levels + args.cap), own, own, args.mean,
                                (pair * args.mean_cap + token) * ptrdiff_t{4}));
           }
         });

@@ -91,7 +91,7 @@ void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   }
 }
 
-// scale * level + mean as bf16, where lanes are pairs: first in the low half. Level times scale is exact.
+// scale * level + mean as bf16, where lanes are pairs: first in the low half.
 template <bool kMean>
 inline __attribute__((always_inline)) __m512i Pairs(__m512i first, __m512i second, __m512 first_scale,
                                                     __m512 second_scale, __mmask16 mask, const std::byte* mean,
@@ -132,9 +132,10 @@ void StoreK(const HeadArgs& args, const Levels& levels, const std::byte* scales,
       const auto sign = [](int c) __attribute__((always_inline)) {
         return _mm512_set1_epi32(static_cast<int>(kChannelSigns[c]));
       };
-      const __m512i values = Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(scale, sign(2 * pair)),
-                                          Signed(scale, sign(2 * pair + 1)), mask, args.mean,
-                                          (pair * args.mean_cap + token) * ptrdiff_t{4});
+      const __m512 own = _mm512_mul_ps(scale, _mm512_set1_ps(args.pair_scales[pair]));
+      const __m512i values =
+          Pairs<kMean>(level(2 * pair), level(2 * pair + 1), Signed(own, sign(2 * pair)),
+                       Signed(own, sign(2 * pair + 1)), mask, args.mean, (pair * args.mean_cap + token) * ptrdiff_t{4});
       _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
     }
   }
@@ -220,7 +221,8 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
       const __m512 scale = Scales(scales, token, mask);
       for (int pair = 0; pair < args.head_dim / 2; ++pair) {
         const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
-        const __m512i values = Pairs<kMean>(LoadQ8(levels, mask), LoadQ8(levels + args.cap, mask), scale, scale, mask,
+        const __m512 own = _mm512_mul_ps(scale, _mm512_set1_ps(args.pair_scales[pair]));
+        const __m512i values = Pairs<kMean>(LoadQ8(levels, mask), LoadQ8(levels + args.cap, mask), own, own, mask,
                                             args.mean, (pair * args.mean_cap + token) * ptrdiff_t{4});
         _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
       }

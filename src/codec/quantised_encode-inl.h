@@ -35,7 +35,7 @@ inline uint32_t PairAt(const std::byte* pairs, ptrdiff_t i) {
   return pair;
 }
 
-// Differences from the mean; zeros for tokens that do not count.
+// Differences from the mean over their pairs' factors; zeros for tokens that do not count.
 inline void LoadK(const HeadArgs& args, const std::byte* source, int tokens, Tile& tile) {
   for (int pair = 0; pair < args.head_dim / 2; ++pair) {
     uint32_t values[kLanes] = {};
@@ -43,9 +43,10 @@ inline void LoadK(const HeadArgs& args, const std::byte* source, int tokens, Til
     std::memcpy(values, source + static_cast<ptrdiff_t>(pair) * args.cap * 4, static_cast<size_t>(tokens) * 4);
     if (args.mean != nullptr)
       std::memcpy(means, args.mean + static_cast<ptrdiff_t>(pair) * args.mean_cap * 4, static_cast<size_t>(tokens) * 4);
+    const float factor = 1 / args.pair_scales[pair];
     for (int t = 0; t < kLanes; ++t) {
-      tile.x[2 * pair][t] = Held(Low(values[t]) - Low(means[t]));
-      tile.x[2 * pair + 1][t] = Held(High(values[t]) - High(means[t]));
+      tile.x[2 * pair][t] = Held((Low(values[t]) - Low(means[t])) * factor);
+      tile.x[2 * pair + 1][t] = Held((High(values[t]) - High(means[t])) * factor);
     }
   }
 }

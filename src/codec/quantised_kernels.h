@@ -11,6 +11,12 @@
 
 namespace jointkv::codec {
 
+inline constexpr std::array<float, kQuantisedHeadDimMax / 2> kNoPairScales = [] {
+  std::array<float, kQuantisedHeadDimMax / 2> ones{};
+  ones.fill(1);
+  return ones;
+}();
+
 // What a head is encoded from or decoded to (bf16, cap tokens), with its mean (bf16, mean_cap tokens, or null).
 struct HeadArgs {
   Kind kind = Kind::kK;
@@ -19,6 +25,7 @@ struct HeadArgs {
   int cap = 0;
   const std::byte* mean = nullptr;
   int mean_cap = kBlockTokensMax;
+  const float* pair_scales = kNoPairScales.data();  // kK: (head_dim / 2)
 };
 
 void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);

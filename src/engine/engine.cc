@@ -119,7 +119,8 @@ Expected<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   }
   engine->kept_share_ = KeptShare(kKeptWindowBlocks * engine->cache_->shape().n_tables());
   engine->fusion_ =
-      std::make_unique<joint::Fusion>(engine->options_.fusion, std::move(rope), *engine->cache_, *engine->pool_);
+      std::make_unique<joint::Fusion>(engine->options_.fusion, std::move(rope), *engine->cache_, *engine->pool_,
+                                      [&model = *engine->model_](int layer) { return model.query_energy(layer); });
 
   const int n_vocab = engine->model_->n_vocab();
   const int logit_rows_max = options.max_running + kPromptLogitRows;

@@ -66,6 +66,33 @@ void Warm(Driver& driver) {
   driver.engine().DropPrefixCache();
 }
 
+// Once a scale is known: the geometric mean of each head's factors is 1, and random weights make no two pairs alike.
+TEST(EngineFusion, KeysAreEncodedByWhatQueriesLookAt) {
+  EngineOptions options = FusionOptionsFor("llama");
+  options.kv_type = {{.type = {codec::Codec::kQ4, codec::Codec::kQ8}}};
+  Driver driver(options);
+  for (int i = 0; i < 3; ++i) driver.Submit(RandomTokens(400, i), Greedy(4));
+  EXPECT_EQ(driver.engine().cache().key_reference(0).pair_scales, nullptr);
+  driver.Run();
+  const kv::KvCache& cache = driver.engine().cache();
+  const codec::BlockLayout& layout = cache.shape().layout;
+  for (int layer = 0; layer < cache.shape().n_layers(); ++layer) {
+    const codec::Reference reference = cache.key_reference(layer);
+    ASSERT_NE(reference.pair_scales, nullptr);
+    for (int head = 0; head < layout.n_kv_heads; ++head) {
+      std::set<float> distinct;
+      double log_sum = 0;
+      for (int pair = 0; pair < layout.head_dim / 2; ++pair) {
+        const float scale = reference.OfHead(layout, head).pair_scales[pair];
+        distinct.insert(scale);
+        log_sum += std::log(scale);
+      }
+      EXPECT_NEAR(log_sum, 0, 1e-3);
+      EXPECT_EQ(distinct.size(), static_cast<size_t>(layout.head_dim) / 2);
+    }
+  }
+}
+
 TEST(EngineFusion, SharedDocumentsTakeFewerBytesAndEveryRequestEndsRight) {
   for (const char* model : {"llama", "llama-q4_1", "gemma3"}) {
     SCOPED_TRACE(model);

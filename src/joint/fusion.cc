@@ -26,10 +26,11 @@ Kind KindOf(int table) { return static_cast<Kind>(table % 2); }
 }  // namespace
 
 Fusion::Fusion(const FusionOptions& options, std::vector<const dense::RopeTable*> rope, kv::KvCache& cache,
-               ThreadPool& pool)
+               ThreadPool& pool, QueryEnergy query_energy)
     : options_(options),
       cache_(cache),
       pool_(pool),
+      query_energy_(std::move(query_energy)),
       written_(cache.shape().layout.codec),
       statistics_(cache.shape().layout, std::move(rope)),
       representatives_(cache.shape().n_tables(), cache.total_blocks(), RandomKey()),
@@ -139,18 +140,26 @@ void Fusion::FixScales() {
     if (inverse_energy_[table] > 0 || !statistics_.enough(table)) continue;
     const double energy = statistics_.energy(table);
     inverse_energy_[table] = energy > 0 ? static_cast<float>(1 / energy) : std::numeric_limits<float>::max();
-    const codec::BlockLayout& layout = cache_.shape().layout;
-    if (KindOf(table) != Kind::kK || cache_.shape().sealed_codec(table) == layout.codec) continue;
-    std::vector<float> mean;
-    statistics_.Mean(table, Kind::kK, 0, codec::kBlockTokensMax, mean);
-    std::vector<std::byte> block(layout.block_bytes(codec::kBlockTokensMax));
-    const size_t width = mean.size() / codec::kBlockTokensMax;
-    for (int token = 0; token < codec::kBlockTokensMax; ++token) {
-      codec::StoreToken(layout, Kind::kK, block.data(), codec::kBlockTokensMax, token,
-                        std::span(mean).subspan(token * width, width));
-    }
-    cache_.SetKeyMean(table / 2, std::move(block));
+    if (KindOf(table) == Kind::kK && cache_.shape().sealed_codec(table) != written_) FixKeyReference(table);
   }
+}
+
+void Fusion::FixKeyReference(int table) {
+  const codec::BlockLayout& layout = cache_.shape().layout;
+  std::vector<float> mean;
+  statistics_.Mean(table, Kind::kK, 0, codec::kBlockTokensMax, mean);
+  std::vector<std::byte> block(layout.block_bytes(codec::kBlockTokensMax));
+  const size_t width = mean.size() / codec::kBlockTokensMax;
+  for (int token = 0; token < codec::kBlockTokensMax; ++token) {
+    codec::StoreToken(layout, Kind::kK, block.data(), codec::kBlockTokensMax, token,
+                      std::span(mean).subspan(token * width, width));
+  }
+  std::vector<float> pair_scales;
+  if (query_energy_ != nullptr) {
+    const std::span<const double> energy = query_energy_(table / 2);
+    if (!energy.empty()) pair_scales = PairScales(statistics_.variance(table), energy, layout.n_kv_heads);
+  }
+  cache_.SetKeyReference(table / 2, std::move(block), std::move(pair_scales));
 }
 
 void Fusion::CollectSealed(SequenceId sequence, kv::SealedRange range) {
@@ -210,16 +219,16 @@ size_t Fusion::BytesIn(codec::Codec codec, int cap) const {
   return layout.block_bytes(cap);
 }
 
-const std::byte* Fusion::Mean(int table) const {
-  return KindOf(table) == Kind::kK ? cache_.key_mean(table / 2) : nullptr;
+codec::Reference Fusion::ReferenceOf(int table) const {
+  return KindOf(table) == Kind::kK ? cache_.key_reference(table / 2) : codec::Reference();
 }
 
 void Fusion::Encode(int table, codec::Codec to, const std::byte* block, int cap, int tokens, std::byte* out) const {
-  codec::EncodeBlock(cache_.shape().layout, KindOf(table), to, block, cap, tokens, Mean(table), out);
+  codec::EncodeBlock(cache_.shape().layout, KindOf(table), to, block, cap, tokens, ReferenceOf(table), out);
 }
 
 void Fusion::Decode(int table, codec::Codec from, const std::byte* encoded, int cap, std::byte* out) const {
-  codec::DecodeBlock(cache_.shape().layout, KindOf(table), from, encoded, cap, Mean(table), out);
+  codec::DecodeBlock(cache_.shape().layout, KindOf(table), from, encoded, cap, ReferenceOf(table), out);
 }
 
 const std::byte* Fusion::Values(int table, BlockId representative, int cap, std::byte* scratch) const {
@@ -336,8 +345,9 @@ Fusion::Decision Fusion::Differ(int table, double distance, std::byte* data, con
   for (const codec::Codec codec : kv::kResidualCodecs) {
     if (BytesIn(codec, block.cap) >= BytesIn(CodecOf(table, block), block.cap)) break;
     if (distance * distance * codec::GaussianLoss(codec) > kNear * options_.budget) continue;
-    codec::EncodeBlock(layout, KindOf(table), codec, data, block.cap, block.tokens, from, scratch.encoded, block.cap);
-    codec::DecodeBlock(layout, KindOf(table), codec, scratch.encoded, block.cap, from, scratch.blend, block.cap);
+    const codec::Reference reference = {from, block.cap};
+    codec::EncodeBlock(layout, KindOf(table), codec, data, block.cap, block.tokens, reference, scratch.encoded);
+    codec::DecodeBlock(layout, KindOf(table), codec, scratch.encoded, block.cap, reference, scratch.blend);
     const double left = Between(table, data, scratch.blend, block.cap, block.tokens);
     if (!(left <= limit)) continue;
     std::memcpy(data, scratch.encoded, BytesIn(codec, block.cap));
@@ -426,7 +436,7 @@ void Fusion::KeepDifference(SequenceId sequence, int table, const Sealed& sealed
   const int cap = cache_.blocks(sequence)[sealed.index].cap;
   const size_t bytes = layout.block_bytes(cap);
   const std::byte* from = Values(table, decision.target, cap, scratch_.data() + bytes);
-  codec::DecodeBlock(layout, KindOf(table), decision.codec, data, cap, from, scratch_.data(), cap);
+  codec::DecodeBlock(layout, KindOf(table), decision.codec, data, cap, {from, cap}, scratch_.data());
   std::memcpy(data, scratch_.data(), bytes);
   cache_.Settle(own);
 }

@@ -6,6 +6,7 @@
 // their bytes belong to the block store. Fails how: never; what does not fit the bound stays private.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -25,8 +26,13 @@ void ShapeStore(const FusionOptions& options, const codec::BlockLayout& layout, 
 
 class Fusion {
  public:
-  // The store and the tables that its keys are rotated with (by layer; null: not rotated) must outlive it.
-  Fusion(const FusionOptions& options, std::vector<const dense::RopeTable*> rope, kv::KvCache& cache, ThreadPool& pool);
+  // By layer, (n_kv_heads, head_dim / 2): what PairScales calls query_energy, of the queries so far; empty: none.
+  using QueryEnergy = std::function<std::span<const double>(int layer)>;
+
+  // The store and the tables that its keys are rotated with (by layer; null: not rotated) must outlive it. Without
+  // query_energy keys are encoded as if queries weighed all channels alike.
+  Fusion(const FusionOptions& options, std::vector<const dense::RopeTable*> rope, kv::KvCache& cache, ThreadPool& pool,
+         QueryEnergy query_energy = nullptr);
 
   // How a new sequence is to be created.
   kv::KvCache::Sharing SharingOf(bool request_allows) const;
@@ -88,6 +94,7 @@ class Fusion {
   void Measure(SequenceId sequence, int table);
   // Fixes the scales whose statistics count enough tokens.
   void FixScales();
+  void FixKeyReference(int table);
   Decision Decide(SequenceId sequence, int table, const Sealed& sealed, const Scratch& scratch);
   Decision Join(int table, GroupId group, std::byte* data, const kv::LogicalBlock& block, const Scratch& scratch);
   // The block as what it differs by from decision.target, if that takes less room and is within the budget; else what
@@ -109,7 +116,7 @@ class Fusion {
   void Encode(int table, codec::Codec to, const std::byte* block, int cap, int tokens, std::byte* out) const;
   void Decode(int table, codec::Codec from, const std::byte* encoded, int cap, std::byte* out) const;
   size_t BytesIn(codec::Codec codec, int cap) const;  // of a block
-  const std::byte* Mean(int table) const;
+  codec::Reference ReferenceOf(int table) const;
   Sketches::Shape ShapeOf(GroupId group) const;
   // Distance in the policy's measure: sqrt(NMSE).
   double Distance(int table, std::span<const float, codec::kBlockTokensMax> squares, int tokens) const;
@@ -122,6 +129,7 @@ class Fusion {
   FusionOptions options_;
   kv::KvCache& cache_;
   ThreadPool& pool_;
+  QueryEnergy query_energy_;
   bool enabled_ = true;
   bool encodes_ = false;
   codec::Codec written_;  // what the forward pass leaves blocks in

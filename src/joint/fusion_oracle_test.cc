@@ -68,8 +68,10 @@ class Run {
         KvCache::Create({config.layout, config.window, config.sealed}, CutterFor(config.options, {1}), options);
     CHECK(cache.ok());
     cache_ = std::move(cache).value();
+    for (int i = 0; i < config.layout.n_kv_heads * config.layout.head_dim / 2; ++i)
+      query_energy_.push_back(std::exp2(5 * i % 9));
     fusion_ = std::make_unique<Fusion>(config.options, std::vector<const dense::RopeTable*>(config.window.size()),
-                                       *cache_, pool_);
+                                       *cache_, pool_, [this](int) { return std::span<const double>(query_energy_); });
     for (auto& phrase : phrases_) {
       phrase = RandomTokens(4 + Below(20));
       phrase.push_back(0);
@@ -316,9 +318,9 @@ class Run {
       Original(m, block.start + token, table, values);
       codec::StoreToken(config_.layout, kind, written.data(), block.cap, token, values);
     }
-    const std::byte* mean = kind == Kind::kK ? cache_->key_mean(table / 2) : nullptr;
-    codec::EncodeBlock(config_.layout, kind, to, written.data(), block.cap, block.tokens, mean, encoded.data());
-    codec::DecodeBlock(config_.layout, kind, to, encoded.data(), block.cap, mean, decoded.data());
+    const codec::Reference reference = kind == Kind::kK ? cache_->key_reference(table / 2) : codec::Reference();
+    codec::EncodeBlock(config_.layout, kind, to, written.data(), block.cap, block.tokens, reference, encoded.data());
+    codec::DecodeBlock(config_.layout, kind, to, encoded.data(), block.cap, reference, decoded.data());
     double squares = 0;
     for (int token = 0; token < block.tokens; ++token) {
       codec::LoadToken(config_.layout, kind, written.data(), block.cap, token, values);
@@ -371,6 +373,7 @@ class Run {
   std::mt19937 random_;
   ThreadPool pool_;
   std::unique_ptr<KvCache> cache_;
+  std::vector<double> query_energy_;
   std::unique_ptr<Fusion> fusion_;
   std::vector<TokenId> phrases_[6];
   std::vector<Mirror> mirrors_;

@@ -1,6 +1,11 @@
 #include "joint/statistics.h"
 
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
 #include "codec/block_io.h"
+#include "codec/quantised.h"
 
 namespace jointkv::joint {
 namespace {
@@ -28,7 +33,10 @@ void Rotate(const dense::RopeTable& rope, int position, int direction, std::span
 
 Statistics::Statistics(const codec::BlockLayout& layout, std::vector<const dense::RopeTable*> rope)
     : layout_(layout), rope_(std::move(rope)), tables_(2 * rope_.size()) {
-  for (Table& table : tables_) table.sum.resize(static_cast<size_t>(layout.n_kv_heads) * layout.head_dim);
+  for (Table& table : tables_) {
+    table.sum.resize(static_cast<size_t>(layout.n_kv_heads) * layout.head_dim);
+    table.squares.resize(table.sum.size());
+  }
 }
 
 void Statistics::Add(int index, codec::Kind kind, const std::byte* block, int cap, int base, int first, int last) {
@@ -40,17 +48,24 @@ void Statistics::Add(int index, codec::Kind kind, const std::byte* block, int ca
     if (rope != nullptr) Rotate(*rope, base + token, -1, values);
     for (size_t i = 0; i < values.size(); ++i) {
       table.sum[i] += values[i];
-      table.squares += static_cast<double>(values[i]) * values[i];
+      table.squares[i] += static_cast<double>(values[i]) * values[i];
     }
   }
 }
 
 double Statistics::energy(int index) const {
+  const std::vector<double> channels = variance(index);
+  return std::accumulate(channels.begin(), channels.end(), 0.0);
+}
+
+std::vector<double> Statistics::variance(int index) const {
   const Table& table = tables_[index];
-  if (table.tokens == 0) return 0;
-  double mean_squares = 0;
-  for (const double sum : table.sum) mean_squares += sum / table.tokens * (sum / table.tokens);
-  return table.squares / table.tokens - mean_squares;
+  std::vector<double> variance(table.sum.size());
+  for (size_t i = 0; i < variance.size() && table.tokens > 0; ++i) {
+    const double mean = table.sum[i] / table.tokens;
+    variance[i] = table.squares[i] / table.tokens - mean * mean;
+  }
+  return variance;
 }
 
 void Statistics::Mean(int index, codec::Kind kind, int position, int tokens, std::vector<float>& out) const {
@@ -63,6 +78,36 @@ void Statistics::Mean(int index, codec::Kind kind, int position, int tokens, std
     for (size_t i = 0; i < channels; ++i) row[i] = static_cast<float>(table.sum[i] / table.tokens);
     if (rope != nullptr) Rotate(*rope, position + token, +1, row);
   }
+}
+
+std::vector<float> PairScales(std::span<const double> variance, std::span<const double> query_energy, int n_kv_heads) {
+  constexpr double kLeastShare = 1e-3;
+  CHECK(variance.size() == 2 * query_energy.size() && query_energy.size() % n_kv_heads == 0);
+  const size_t pairs = query_energy.size() / n_kv_heads;
+  std::vector<float> scales(query_energy.size(), 1.0F);
+  std::vector<double> log_scale(pairs);
+  for (size_t head = 0; head < query_energy.size(); head += pairs) {
+    double v_mean = 0;
+    double w_mean = 0;
+    const auto v = [&](size_t pair) { return variance[2 * (head + pair)] + variance[2 * (head + pair) + 1]; };
+    for (size_t pair = 0; pair < pairs; ++pair) {
+      v_mean += v(pair) / static_cast<double>(pairs);
+      w_mean += query_energy[head + pair] / static_cast<double>(pairs);
+    }
+    // Written so that what is not a number leaves all at 1.
+    if (!(v_mean > 0 && w_mean > 0 && std::isfinite(v_mean) && std::isfinite(w_mean))) continue;
+    double log_mean = 0;
+    for (size_t pair = 0; pair < pairs; ++pair) {
+      log_scale[pair] = std::log(std::max(v(pair) / v_mean, kLeastShare)) / 4 -
+                        std::log(std::max(query_energy[head + pair] / w_mean, kLeastShare)) / 4;
+      log_mean += log_scale[pair] / static_cast<double>(pairs);
+    }
+    for (size_t pair = 0; pair < pairs; ++pair) {
+      scales[head + pair] = std::clamp(static_cast<float>(std::exp(log_scale[pair] - log_mean)),
+                                       1 / codec::kPairScaleMax, codec::kPairScaleMax);
+    }
+  }
+  return scales;
 }
 
 }  // namespace jointkv::joint

@@ -29,19 +29,26 @@ class Statistics {
 
   // E of a table; 0 before any token.
   double energy(int table) const;
+  // What each channel has of it: (n_kv_heads * head_dim), in the channel order of codec::LoadToken.
+  std::vector<double> variance(int table) const;
   // The mean as it would be stored for tokens at `position` and after: (tokens, n_kv_heads * head_dim), in the channel
   // order of codec::LoadToken.
   void Mean(int table, codec::Kind kind, int position, int tokens, std::vector<float>& out) const;
 
  private:
   struct Table {
-    std::vector<double> sum;  // (channels)
-    double squares = 0;
+    std::vector<double> sum;      // (channels)
+    std::vector<double> squares;  // (channels)
     int tokens = 0;
   };
   codec::BlockLayout layout_;
   std::vector<const dense::RopeTable*> rope_;
   std::vector<Table> tables_;
 };
+
+// Factors of keys' channel pairs with which encoding harms scores least (codec/quantised.h): (variance / energy)^(1/4),
+// in each head over its geometric mean. variance: Statistics::variance of keys. query_energy: (n_kv_heads, head_dim /
+// 2) mean squares of queries, in any unit. Pairs that have less than a thousandth of the mean count as having that.
+std::vector<float> PairScales(std::span<const double> variance, std::span<const double> query_energy, int n_kv_heads);
 
 }  // namespace jointkv::joint

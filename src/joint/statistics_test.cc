@@ -1,11 +1,13 @@
 #include "joint/statistics.h"
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "codec/block_io.h"
+#include "codec/quantised.h"
 #include "dense/test_matrices.h"
 
 namespace jointkv::joint {
@@ -111,6 +113,24 @@ TEST(Statistics, EnergyIsTheMeanSquareAroundTheMean) {
   EXPECT_EQ(statistics.energy(kKeys), 0) << "each table counts for itself";
 }
 
+TEST(Statistics, EachChannelHasItsVariance) {
+  const dense::RopeTable rope = MakeRope(1.25F);
+  Statistics statistics(kLayout, {&rope});
+  auto vectors = Vectors(400, 8);
+  for (auto& vector : vectors) {
+    for (size_t i = 0; i < kWidth; ++i) vector[i] *= static_cast<float>(i + 1);
+  }
+  Feed(statistics, kValues, nullptr, vectors, 11, 0, false);
+  Feed(statistics, kKeys, &rope, vectors, 11, 0, false);
+  const auto mean = MeanOf(vectors);
+  for (size_t i = 0; i < kWidth; ++i) {
+    double variance = 0;
+    for (const auto& vector : vectors) variance += std::pow(vector[i] - mean[i], 2) / 400;
+    EXPECT_NEAR(statistics.variance(kValues)[i] / variance, 1, 1e-9) << i;
+    EXPECT_NEAR(statistics.variance(kKeys)[i] / variance, 1, 1e-3) << i;
+  }
+}
+
 TEST(Statistics, KeysCountUnrotatedWhateverTheyWereRotatedFrom) {
   for (const float attn_factor : {1.0F, 1.25F}) {
     const dense::RopeTable rope = MakeRope(attn_factor);
@@ -170,6 +190,46 @@ TEST(Statistics, EqualVectorsHaveNoEnergyToSpeakOf) {
   const std::vector<std::vector<float>> vectors(600, Vectors(1, 6)[0]);
   Feed(statistics, kValues, nullptr, vectors, 32, 0, false);
   EXPECT_NEAR(statistics.energy(kValues), 0, 1e-10);
+}
+
+TEST(PairScales, AreTheFourthRootOfVarianceOverQueryEnergy) {
+  // Two heads of two pairs; a pair's variance is its channels' sum.
+  const std::vector<double> variance = {1, 3, 2, 62, 1, 1, 1, 1};
+  const std::vector<double> energy = {10, 40, 7, 7};
+  const std::vector<float> scales = PairScales(variance, energy, 2);
+  // 4 / 10 and 64 / 40, whose geometric mean is 0.8: a half and twice that.
+  EXPECT_NEAR(scales[0], std::pow(0.5, 0.25), 1e-6);
+  EXPECT_NEAR(scales[1], std::pow(2.0, 0.25), 1e-6);
+  EXPECT_NEAR(scales[2], 1, 1e-6) << "each head for itself";
+  EXPECT_NEAR(scales[3], 1, 1e-6);
+  // Any unit will do.
+  std::vector<double> larger = energy;
+  for (double& w : larger) w *= 1e9;
+  for (size_t i = 0; i < 4; ++i) EXPECT_NEAR(PairScales(variance, larger, 2)[i], scales[i], 1e-6);
+}
+
+TEST(PairScales, WhatIsHardlyThereHasALimit) {
+  const std::vector<double> variance = {0, -1e-18, 50, 50, 50, 50, 50, 50};
+  const std::vector<float> scales = PairScales(variance, std::vector<double>{1, 1, 0, 1}, 1);
+  for (const float scale : scales) {
+    EXPECT_GE(scale, 1 / codec::kPairScaleMax);
+    EXPECT_LE(scale, codec::kPairScaleMax);
+  }
+  // A thousandth of the mean of 75, over a thousandth of 0.75 of a query.
+  EXPECT_NEAR(scales[0] / scales[1], std::pow(0.075 / 100, 0.25), 1e-6);
+  EXPECT_NEAR(scales[2] / scales[1], std::pow(1 / 0.00075, 0.25), 1e-4);
+}
+
+TEST(PairScales, WithoutNumbersThereAreNone) {
+  const std::vector<float> ones(2, 1.0F);
+  const double inf = std::numeric_limits<double>::infinity();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(PairScales(std::vector<double>(4, 0), std::vector<double>{1, 2}, 1), ones);
+  EXPECT_EQ(PairScales(std::vector<double>{1, 2, 3, 4}, std::vector<double>{0, 0}, 1), ones);
+  for (const double bad : {inf, nan}) {
+    EXPECT_EQ(PairScales(std::vector<double>{1, bad, 3, 4}, std::vector<double>{1, 1}, 1), ones);
+    EXPECT_EQ(PairScales(std::vector<double>{1, 2, 3, 4}, std::vector<double>{bad, 1}, 1), ones);
+  }
 }
 
 }  // namespace

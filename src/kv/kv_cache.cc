@@ -59,7 +59,7 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector
       cutter_(std::move(cutter)),
       options_(options),
       codecs_(std::move(codecs)),
-      key_means_(shape_.n_layers()),
+      key_references_(shape_.n_layers()),
       arena_(std::move(arena)),
       refs_(arena_->total_ids()),
       index_refs_(arena_->total_ids()),
@@ -709,9 +709,18 @@ BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, co
   return done ? target : BlockId();
 }
 
-void KvCache::SetKeyMean(int layer, std::vector<std::byte> mean) {
-  CHECK(key_means_[layer].empty() && mean.size() == shape_.layout.block_bytes(codec::kBlockTokensMax));
-  key_means_[layer] = std::move(mean);
+codec::Reference KvCache::key_reference(int layer) const {
+  const KeyReference& own = key_references_[layer];
+  return {.mean = own.mean.empty() ? nullptr : own.mean.data(),
+          .pair_scales = own.pair_scales.empty() ? nullptr : own.pair_scales.data()};
+}
+
+void KvCache::SetKeyReference(int layer, std::vector<std::byte> mean, std::vector<float> pair_scales) {
+  const codec::BlockLayout& layout = shape_.layout;
+  CHECK(key_references_[layer].mean.empty() && mean.size() == layout.block_bytes(codec::kBlockTokensMax));
+  CHECK(pair_scales.empty() || pair_scales.size() == static_cast<size_t>(layout.n_kv_heads) * (layout.head_dim / 2));
+  for (const float scale : pair_scales) CHECK(scale >= 1 / codec::kPairScaleMax && scale <= codec::kPairScaleMax);
+  key_references_[layer] = {std::move(mean), std::move(pair_scales)};
 }
 
 void KvCache::Watch(BlockId block) {
@@ -808,7 +817,8 @@ KvStats KvCache::stats() const {
                             s->released.capacity() * sizeof(int);
   }
   stats.metadata_bytes += arena_->used_blocks() * (3 * sizeof(int32_t) + sizeof(uint8_t));
-  for (const auto& mean : key_means_) stats.metadata_bytes += mean.size();
+  for (const KeyReference& reference : key_references_)
+    stats.metadata_bytes += reference.mean.size() + reference.pair_scales.size() * sizeof(float);
   stats.logical_bytes = logical_tokens_ * shape_.logical_token_bytes();
   stats.prefix_hit_tokens = prefix_hit_tokens_;
   stats.prefix_query_tokens = prefix_query_tokens_;

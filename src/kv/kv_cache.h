@@ -22,6 +22,7 @@
 #include "base/ids.h"
 #include "base/lazy_array.h"
 #include "base/status.h"
+#include "codec/quantised.h"
 #include "kv/arena.h"
 #include "kv/cutter.h"
 #include "kv/prefix_index.h"
@@ -191,10 +192,10 @@ class KvCache {
   // What a block is the difference from; invalid: it stands alone.
   BlockId base(BlockId block) const { return BlockId(bases_[block.index()] - 1); }
   bool residuals() const { return options_.residuals; }
-  // What the encoded keys of a layer are relative to, those that stand alone (codec/quantised.h); null: nothing. Set
-  // once, before any is encoded: `mean` is a block of kBlockTokensMax tokens.
-  const std::byte* key_mean(int layer) const { return key_means_[layer].empty() ? nullptr : key_means_[layer].data(); }
-  void SetKeyMean(int layer, std::vector<std::byte> mean);
+  // What the encoded keys of a layer are relative to, those that stand alone. Set once, before any is encoded: `mean`
+  // is a block of kBlockTokensMax tokens, pair_scales (n_kv_heads, head_dim / 2) or empty.
+  codec::Reference key_reference(int layer) const;
+  void SetKeyReference(int layer, std::vector<std::byte> mean, std::vector<float> pair_scales);
   // The slots' factors by logical index; null: all 1.
   const float* scales(SequenceId sequence, int layer, Kind kind) const;
   void SetScale(SequenceId sequence, int table, int index, float scale);
@@ -267,9 +268,13 @@ class KvCache {
   KvShape shape_;
   BlockCutter cutter_;
   Options options_;
-  std::vector<codec::Codec> codecs_;               // shape_.layout's, then those that sealed blocks are encoded as
-  std::vector<std::vector<std::byte>> key_means_;  // by layer
-  int spare_slabs_ = 0;                            // kept for encoded blocks, so that a full store can still shrink
+  std::vector<codec::Codec> codecs_;  // shape_.layout's, then those that sealed blocks are encoded as
+  struct KeyReference {
+    std::vector<std::byte> mean;
+    std::vector<float> pair_scales;
+  };
+  std::vector<KeyReference> key_references_;  // by layer
+  int spare_slabs_ = 0;                       // kept for encoded blocks, so that a full store can still shrink
   std::unique_ptr<Arena> arena_;
   LazyArray<int32_t> refs_;        // by BlockId; owners: table slots, index entries, differences from it
   LazyArray<int32_t> index_refs_;  // of those, how many are index entries or differences that are idle

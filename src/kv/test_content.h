@@ -72,11 +72,11 @@ inline std::vector<std::byte> StoredBlock(const KvCache& cache, int table, Block
   std::vector<std::byte> decoded(layout.block_bytes(cap));
   if (const BlockId base = cache.base(id); base.valid()) {
     const std::vector<std::byte> mean = StoredBlock(cache, table, base, cap);
-    codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, mean.data(), decoded.data(), cap);
+    codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, {mean.data(), cap}, decoded.data());
     return decoded;
   }
-  codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, kind == Kind::kK ? cache.key_mean(table / 2) : nullptr,
-                     decoded.data());
+  codec::DecodeBlock(layout, kind, codec, cache.data(id), cap,
+                     kind == Kind::kK ? cache.key_reference(table / 2) : codec::Reference(), decoded.data());
   return decoded;
 }
 

@@ -63,6 +63,7 @@ class Model {
 
   // Of all steps since Bind, which must have been called.
   const attention::Attention::Times& attention_times() const { return attention_->times(); }
+  std::span<const double> query_energy(int layer) const { return attention_->query_energy(layer); }
 
   const gguf::Hyperparameters& hyperparameters() const { return hp_; }
   int n_vocab() const { return hp_.n_vocab; }
