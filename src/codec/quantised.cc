@@ -72,7 +72,8 @@ void CheckArgs(const BlockLayout& layout, Codec codec, int cap) {
 
 HeadArgs ArgsOf(const BlockLayout& layout, Kind kind, Codec codec, int cap, const Reference& reference) {
   HeadArgs args{kind, codec, layout.head_dim, cap, reference.mean, reference.mean_cap};
-  if (reference.pair_scales != nullptr) args.pair_scales = reference.pair_scales;
+  // A level of q8 follows the largest value of its head vector, which factors make larger: scores err more with them.
+  if (reference.pair_scales != nullptr && codec != Codec::kQ8) args.pair_scales = reference.pair_scales;
   return args;
 }
 

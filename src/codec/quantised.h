@@ -43,7 +43,8 @@ struct Reference {
   // mean's token t.
   const std::byte* mean = nullptr;
   int mean_cap = kBlockTokensMax;
-  // Of keys: factors of what is left, (n_kv_heads, head_dim / 2), within 1 / kPairScaleMax and kPairScaleMax; null: 1.
+  // Of keys in other codecs than q8: factors of what is left, (n_kv_heads, head_dim / 2), within 1 / kPairScaleMax and
+  // kPairScaleMax; null: 1.
   const float* pair_scales = nullptr;
 
   // That of one head.
