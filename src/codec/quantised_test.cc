@@ -324,6 +324,22 @@ TEST_P(QuantisedTest, EveryCapAndHeadDim) {
   }
 }
 
+TEST(Quantised, Q8TakesNoPairScales) {
+  const BlockLayout layout{2, 64, Codec::kBf16};
+  std::mt19937 random(22);
+  const Bytes block = Block(layout, Kind::kK, 32, 32, [&](int) { return Gaussian(128, random); });
+  Values scales(64);
+  for (size_t i = 0; i < scales.size(); ++i) scales[i] = i % 2 == 0 ? 0.25F : 4;
+  for (const Codec codec : {Codec::kQ8, Codec::kQ4}) {
+    const size_t size = BlockLayout{2, 64, codec}.block_bytes(32);
+    Bytes with(size);
+    Bytes without(size);
+    EncodeBlock(layout, Kind::kK, codec, block.data(), 32, 32, {.pair_scales = scales.data()}, with.data());
+    EncodeBlock(layout, Kind::kK, codec, block.data(), 32, 32, {}, without.data());
+    EXPECT_EQ(with == without, codec == Codec::kQ8);
+  }
+}
+
 // Errors of scores, sum w (x - y)^2 with w a pair's query energy, against what they would be without factors: by Cauchy
 // and Schwarz (sum sqrt(v w))^2 instead of sum v sum w (quantised.h). Errors follow their pairs' factors.
 TEST(Quantised, PairScalesMoveErrorsToWhereTheyCostLeast) {
