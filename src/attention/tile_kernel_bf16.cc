@@ -254,9 +254,9 @@ void TileAttentionBf16(const TileArgs& args) {
   for (int row = 0; row < args.rows; ++row) {
     const int position = args.position + row;
     for (int g = 0; g < args.group; ++g) {
-      RotateToPairs(args.q + row * args.q_row_stride + static_cast<ptrdiff_t>(g) * head_dim, n_pairs,
-                    args.rope->cos(position), args.rope->sin(position), args.inverse_magnitude,
-                    scratch.q + (row * args.group + g) * q_stride);
+      RotateToPairs<1>(args.q + row * args.q_row_stride + static_cast<ptrdiff_t>(g) * head_dim, n_pairs,
+                       args.rope->cos(position), args.rope->sin(position), args.inverse_magnitude,
+                       scratch.q + (row * args.group + g) * q_stride, q_stride);
     }
   }
   const bool scaled = args.run.v_scale != nullptr;

@@ -9,12 +9,13 @@
 //   K, f16, f32  [hd channels][cap tokens]             channel order: pair 0 first, pair 0 second, pair 1 first, ...
 //   V, f16, f32  [cap tokens][hd channels]
 //   K and V, q4, q2, q1
-//                [hd * bits / 8][cap tokens]           a byte is 8 / bits channels, the first in its lowest bits; then
-//                                                      [cap] bf16 scales
-//   K, q8        [hd channels][cap tokens]             int8; then [cap] bf16 scales
-//   V, q8        [cap tokens][hd channels]             int8; then [cap] bf16 scales
+//                [hd * bits / 8][cap tokens]           a byte is 8 / bits channels, the first in its lowest bits
+//   K, q8        [hd channels][cap tokens]             int8
+//   V, q8        [cap tokens][hd channels]             int8
+//   all of these, then
+//                [cap]                                 a byte for each token's scale, then 16 bits: see quantised.h
 //
-// V of those lies as K does, because both leave the inverse transform with a lane per token (see quantised.h).
+// V of q4, q2 and q1 lies as K does, because both leave the inverse transform with a lane per token.
 //
 // A channel pair is a RoPE pair (dense/rope.h), whatever two channels of the model's head vector those are.
 #pragma once
@@ -30,6 +31,7 @@ namespace jointkv::codec {
 inline constexpr int kBlockTokensMax = 32;
 inline constexpr int kClassStep = 2;  // size classes: 2, 4, ..., 32 tokens
 inline constexpr int kClasses = kBlockTokensMax / kClassStep;
+inline constexpr int kQuantisedBlockStep = 16;  // bytes of these blocks are a multiple of it
 
 enum class Kind : uint8_t { kK, kV };
 
@@ -40,15 +42,15 @@ struct BlockLayout {
 
   size_t head_bytes(int cap) const {
     const size_t tokens = cap;
-    if (IsQuantised(codec)) return tokens * (head_dim * LevelBits(codec) / 8 + sizeof(uint16_t));
+    if (IsQuantised(codec)) return tokens * (head_dim * LevelBits(codec) / 8 + 1) + sizeof(uint16_t);
     return tokens * head_dim * ElementBytes(codec);
   }
   size_t head_offset(int head, int cap) const { return head * head_bytes(cap); }
   // Bytes of a block of kClassStep tokens, padded to a cache line. A block of cap tokens has cap / kClassStep granules,
-  // unless its codec is a quantised one: then it is padded as a whole.
+  // unless its codec is a quantised one: then it is padded as a whole, and to less than a line, for many are small.
   size_t granule_bytes() const { return RoundUp<size_t>(n_kv_heads * head_bytes(kClassStep), 64); }
   size_t block_bytes(int cap) const {
-    if (IsQuantised(codec)) return RoundUp<size_t>(n_kv_heads * head_bytes(cap), 64);
+    if (IsQuantised(codec)) return RoundUp<size_t>(n_kv_heads * head_bytes(cap), kQuantisedBlockStep);
     return granule_bytes() * (cap / kClassStep);
   }
 

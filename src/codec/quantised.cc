@@ -95,11 +95,12 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
     default: LevelsOfQ8(args, head, levels);
   }
   const std::byte* scales = head + static_cast<ptrdiff_t>(args.cap) * args.head_dim * LevelBits(args.codec) / 8;
+  uint16_t shared = 0;
+  std::memcpy(&shared, scales + args.cap, sizeof(shared));
   float scale[kLanes];
   for (int t = 0; t < args.cap; ++t) {
-    uint16_t bits = 0;
-    std::memcpy(&bits, scales + static_cast<ptrdiff_t>(t) * 2, sizeof(bits));
-    scale[t] = F32FromBf16(bits);
+    const auto byte = static_cast<uint32_t>(scales[t]);
+    scale[t] = byte == 0 ? 0 : std::bit_cast<float>((byte << 19) + (static_cast<uint32_t>(shared) << 23));
   }
   struct Value {
     float level;

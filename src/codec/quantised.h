@@ -1,12 +1,17 @@
 // Blocks of 8, 4, 2 and 1 bits a value, made from bf16 blocks and decoded into them. A head vector is one token's
 // head_dim values of one head, less what a mean holds for them and, of keys, each channel pair over a factor of its
-// own; each has one bf16 scale. Layouts: layout.h.
+// own; each has one scale. Layouts: layout.h.
 //
 //   q8   value = scale * level, levels -127..127
 //   q4   values = scale * S H levels: S changes signs by a fixed pattern, H is the Walsh-Hadamard matrix (+-1) of the
 //        largest power of two that divides head_dim, part by part, and levels are the 16 of a Gaussian with the least
 //        squared error, in integers. Most head vectors are nearly Gaussian after H S, whatever they were before.
 //   q2, q1   the same with 4 and 2 levels: for what a block differs by from a mean that resembles it
+//
+// A scale takes a byte: 4 bits of exponent above one that all tokens of a head of a block share, 4 bits of mantissa.
+// That is the sum (byte << 19) + (shared << 23) as the bits of a float, or zero where the byte is. Levels are chosen
+// for the scale as it is kept, so its rounding (1/32 at most) costs next to nothing. Head vectors 2^-15 of the largest
+// one of their head in the block, and smaller ones, decode to the mean.
 //
 // Differences from the mean are held within +-2^50, and a head vector whose differences are all smaller than 2^-50
 // decodes to the mean. Decoded values below 2^-126 are zeros. Every block decodes to finite values if its mean is

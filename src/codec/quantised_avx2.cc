@@ -33,7 +33,7 @@ void LoadLevels(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   constexpr int kPerByte = 8 / kBits;
   const int rows = args.head_dim / kPerByte;
   std::byte copy[kQuantisedHeadDimMax / kPerByte * kLanes + 32];
-  if (kLanes > 3 * args.cap) {  // the last row's tokens and two bytes of scales for each
+  if (kLanes > 2 * args.cap + 2) {  // the last row's tokens and the scales
     std::memcpy(copy, bytes, static_cast<size_t>(rows) * args.cap);
     bytes = copy;
   }
@@ -139,10 +139,14 @@ inline __m256 Signed(__m256 x, __m256i signs) {
 // before.
 template <typename F>
 inline __attribute__((always_inline)) void ForTokens(const HeadArgs& args, const std::byte* scales, const F& f) {
+  uint16_t shared = 0;
+  std::memcpy(&shared, scales + args.cap, sizeof(shared));
+  const __m256i base = _mm256_set1_epi32(shared << 23);
   for (int at = 0; at < args.cap; at += kStep) {
     const int token = at + kStep <= args.cap ? at : args.cap - kStep;
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + static_cast<ptrdiff_t>(token) * 2));
-    f(token, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + token)));
+    const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(bytes, 19), base);
+    f(token, _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256()), sum)));
   }
 }
 
@@ -282,7 +286,7 @@ template <int kCap>
 void DecodeShort(const HeadArgs& args, const std::byte* head, std::byte* out) {
   const int head_dim = args.head_dim;
   const ptrdiff_t rows = head_dim * LevelBits(args.codec) / 8;
-  std::byte wide_head[kQuantisedHeadDimMax * kStep + 2 * kStep];
+  std::byte wide_head[kQuantisedHeadDimMax * kStep + kStep + sizeof(uint16_t)];
   std::byte wide_mean[kQuantisedHeadDimMax * kStep * 2];
   std::byte wide_out[kQuantisedHeadDimMax * kStep * 2];
   if (args.codec == Codec::kQ8 && args.kind == Kind::kV) {
@@ -291,7 +295,8 @@ void DecodeShort(const HeadArgs& args, const std::byte* head, std::byte* out) {
   } else {
     Widen<kCap, 1>(head, kCap, rows, wide_head);
   }
-  Widen<kCap, 2>(head + rows * kCap, kCap, 1, wide_head + rows * kStep);
+  Widen<kCap, 1>(head + rows * kCap, kCap, 1, wide_head + rows * kStep);
+  std::memcpy(wide_head + rows * kStep + kStep, head + rows * kCap + kCap, sizeof(uint16_t));
   HeadArgs wide = args;
   wide.cap = kStep;
   if (args.mean != nullptr && args.mean_cap < kStep) {

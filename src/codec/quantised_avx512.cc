@@ -114,17 +114,20 @@ inline __m512 Signed(__m512 x, __m512i signs) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), signs));
 }
 
-// The scales of tokens [token, token + 16).
-inline __m512 Scales(const std::byte* scales, int token, __mmask16 mask) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(mask, scales + static_cast<ptrdiff_t>(token) * 2);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+// The scales of tokens [token, token + 16), zeros past the last one.
+inline __m512 LoadScales(const HeadArgs& args, const std::byte* scales, int token) {
+  uint16_t shared = 0;
+  std::memcpy(&shared, scales + args.cap, sizeof(shared));
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(LaneMask(args.cap - token), scales + token));
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(_mm512_test_epi32_mask(bytes, bytes), _mm512_slli_epi32(bytes, 19),
+                                                    _mm512_set1_epi32(shared << 23)));
 }
 
 template <bool kMean>
 void StoreK(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
   for (int token = 0; token < args.cap; token += 16) {
     const __mmask16 mask = LaneMask(args.cap - token);
-    const __m512 scale = Scales(scales, token, mask);
+    const __m512 scale = LoadScales(args, scales, token);
     for (int pair = 0; pair < args.head_dim / 2; ++pair) {
       const auto level = [&](int c) __attribute__((always_inline)) {
         return _mm512_cvtepi16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(&levels.x[c][token])));
@@ -176,7 +179,7 @@ template <bool kMean>
 void StoreV(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
   alignas(64) float scale[kLanes];
   for (int token = 0; token < kLanes; token += 16)
-    _mm512_store_ps(scale + token, Scales(scales, token, LaneMask(args.cap - token)));
+    _mm512_store_ps(scale + token, LoadScales(args, scales, token));
   for (int c = 0; c < args.head_dim; c += 16) {
     __m512i v[16];  // a lane is two tokens
 #pragma GCC unroll 16
@@ -218,7 +221,7 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
   if (args.kind == Kind::kK) {
     for (int token = 0; token < args.cap; token += 16) {
       const __mmask16 mask = LaneMask(args.cap - token);
-      const __m512 scale = Scales(scales, token, mask);
+      const __m512 scale = LoadScales(args, scales, token);
       for (int pair = 0; pair < args.head_dim / 2; ++pair) {
         const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
         const __m512 own = _mm512_mul_ps(scale, _mm512_set1_ps(args.pair_scales[pair]));
@@ -231,7 +234,7 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
   }
   alignas(64) float scale[kLanes];
   for (int token = 0; token < kLanes; token += 16)
-    _mm512_store_ps(scale + token, Scales(scales, token, LaneMask(args.cap - token)));
+    _mm512_store_ps(scale + token, LoadScales(args, scales, token));
   for (int pair = 0; pair < args.cap / 2; ++pair) {
     const __m512 first = _mm512_set1_ps(scale[2 * pair]);
     const __m512 second = _mm512_set1_ps(scale[2 * pair + 1]);

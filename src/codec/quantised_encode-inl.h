@@ -90,18 +90,44 @@ constexpr float Boundary(size_t i) {
   return static_cast<float>(Grid<kCodec>::kLevels[i] + Grid<kCodec>::kLevels[i + 1]) / 2;
 }
 
-// By which each token's x is multiplied before the nearest level is chosen, and the scale of the levels.
-struct Fit {
-  alignas(64) float inverse[kLanes];
-  alignas(64) float scale[kLanes];
+// Scales as a block keeps them.
+struct Scales {
+  alignas(64) float value[kLanes];
+  uint8_t byte[kLanes];
+  uint16_t shared;
 };
+
+// Rounds to the nearest scale that can be kept, or to the next one above.
+inline void RoundScales(const float* scales, bool up, Scales& out) {
+  constexpr uint32_t kStep = 1U << 19;
+  uint32_t bits[kLanes];
+  uint32_t largest = 0;
+  for (int t = 0; t < kLanes; ++t) {
+    bits[t] = (std::bit_cast<uint32_t>(scales[t]) + (up ? kStep - 1 : kStep / 2)) / kStep;
+    largest = bits[t] > largest ? bits[t] : largest;
+  }
+  // No scale of values above kLeast is so small that its exponent is not above 15.
+  const uint32_t shared = largest == 0 ? 0 : largest / 16 - 15;
+  for (int t = 0; t < kLanes; ++t) {
+    const uint32_t byte = bits[t] > shared * 16 ? bits[t] - shared * 16 : 0;
+    out.byte[t] = static_cast<uint8_t>(byte);
+    out.value[t] = byte == 0 ? 0 : std::bit_cast<float>((byte + shared * 16) * kStep);
+  }
+  out.shared = static_cast<uint16_t>(shared);
+}
+
+inline void StoreScales(const Scales& scales, int cap, std::byte* out) {
+  std::memcpy(out, scales.byte, cap);
+  std::memcpy(out + cap, &scales.shared, sizeof(scales.shared));
+}
 
 // Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>.
 template <Codec kCodec>
-void FitScales(int head_dim, const Tile& tile, Fit& fit) {
+void FitScales(int head_dim, const Tile& tile, Scales& scales) {
   constexpr auto& kLevels = Grid<kCodec>::kLevels;
   alignas(64) float rms[kLanes] = {};
   alignas(64) float most[kLanes];
+  alignas(64) float fitted[kLanes];
   for (int c = 0; c < head_dim; ++c) {
     for (int t = 0; t < kLanes; ++t) rms[t] += tile.x[c][t] * tile.x[c][t];
   }
@@ -130,21 +156,14 @@ void FitScales(int head_dim, const Tile& tile, Fit& fit) {
       const float scale = along[t] / squares[t];
       const float removed = scale * along[t];
       const bool better = removed > most[t];
-      fit.inverse[t] = better ? inverse[t] : fit.inverse[t];
-      fit.scale[t] = better ? scale : fit.scale[t];
+      fitted[t] = better ? scale : fitted[t];
       most[t] = better ? removed : most[t];
     }
     if (kLevels.size() == 1) break;  // whatever the scale, the level is the same
   }
   const float norm = 1 / static_cast<float>(PartOf(head_dim));  // H H is PartOf times the identity
-  for (int t = 0; t < kLanes; ++t) fit.scale[t] = rms[t] < kLeast ? 0 : fit.scale[t] * norm;
-}
-
-inline void StoreScales(const float* scales, int cap, std::byte* out) {
-  for (int t = 0; t < cap; ++t) {
-    const uint16_t scale = Bf16FromF32(scales[t]);
-    std::memcpy(out + static_cast<ptrdiff_t>(t) * 2, &scale, sizeof(scale));
-  }
+  for (int t = 0; t < kLanes; ++t) fitted[t] = rms[t] < kLeast ? 0 : fitted[t] * norm;
+  RoundScales(fitted, false, scales);
 }
 
 template <Codec kCodec>
@@ -153,15 +172,21 @@ void EncodeTransformed(const HeadArgs& args, Tile& tile, std::byte* out) {
   constexpr int kBits = LevelBits(kCodec);
   constexpr int kPerByte = 8 / kBits;
   Transform(args.head_dim, tile);
-  Fit fit{};
-  FitScales<kCodec>(args.head_dim, tile, fit);
+  Scales scales;
+  FitScales<kCodec>(args.head_dim, tile, scales);
+  // By which x is multiplied before the nearest level is chosen.
+  alignas(64) float inverse[kLanes];
+  for (int t = 0; t < kLanes; ++t) {
+    const float scale = scales.value[t] * static_cast<float>(PartOf(args.head_dim));
+    inverse[t] = scale == 0 ? 0 : 1 / scale;
+  }
   for (int c = 0; c < args.head_dim; c += kPerByte) {
     alignas(64) int32_t packed[kLanes] = {};
     alignas(64) uint8_t bytes[kLanes];
     for (int i = 0; i < kPerByte; ++i) {
       const float* x = tile.x[c + i];
       for (int t = 0; t < kLanes; ++t) {
-        const float scaled = std::fabs(x[t]) * fit.inverse[t];
+        const float scaled = std::fabs(x[t]) * inverse[t];
         int32_t index = x[t] < 0 ? static_cast<int32_t>(kLevels.size()) : 0;
         for (size_t level = 0; level + 1 < kLevels.size(); ++level) index += scaled > Boundary<kCodec>(level) ? 1 : 0;
         packed[t] |= index << (i * kBits);
@@ -170,26 +195,27 @@ void EncodeTransformed(const HeadArgs& args, Tile& tile, std::byte* out) {
     for (int t = 0; t < kLanes; ++t) bytes[t] = static_cast<uint8_t>(packed[t]);
     std::memcpy(out + static_cast<ptrdiff_t>(c / kPerByte) * args.cap, bytes, args.cap);
   }
-  StoreScales(fit.scale, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / kPerByte) * args.cap);
+  StoreScales(scales, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / kPerByte) * args.cap);
 }
 
 inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
-  alignas(64) float scale[kLanes] = {};
+  alignas(64) float largest[kLanes] = {};
   alignas(64) float divisor[kLanes];
   for (int c = 0; c < args.head_dim; ++c) {
     for (int t = 0; t < kLanes; ++t) {
       const float magnitude = std::fabs(tile.x[c][t]);
-      scale[t] = magnitude > scale[t] ? magnitude : scale[t];
+      largest[t] = magnitude > largest[t] ? magnitude : largest[t];
     }
   }
-  for (int t = 0; t < kLanes; ++t) {
-    scale[t] = scale[t] < kLeast ? 0 : F32FromBf16(Bf16FromF32(scale[t] / 127));
-    divisor[t] = scale[t] == 0 ? kLargest : scale[t];
-  }
+  // Of a decoded block again what it was: bf16 may have rounded its largest value up.
+  for (int t = 0; t < kLanes; ++t) largest[t] = largest[t] < kLeast ? 0 : largest[t] / 127 * (1 - 0x1p-8F);
+  Scales scales;
+  RoundScales(largest, true, scales);
+  for (int t = 0; t < kLanes; ++t) divisor[t] = scales.value[t] == 0 ? 2 * kLargest : scales.value[t];
   for (int c = 0; c < args.head_dim; ++c) {
     alignas(64) int8_t levels[kLanes];
     for (int t = 0; t < kLanes; ++t) {
-      // At most 127 * (1 + 2^-8), for the scale was rounded; adding 1.5 * 2^23 rounds it to an integer.
+      // Below 127.5; adding 1.5 * 2^23 rounds it to an integer.
       const float rounded = tile.x[c][t] / divisor[t] + 0x1.8p23F;
       levels[t] = static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(0x1.8p23F));
     }
@@ -200,7 +226,7 @@ inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
         out[static_cast<ptrdiff_t>(t) * args.head_dim + c] = static_cast<std::byte>(levels[t]);
     }
   }
-  StoreScales(scale, args.cap, out + static_cast<ptrdiff_t>(args.head_dim) * args.cap);
+  StoreScales(scales, args.cap, out + static_cast<ptrdiff_t>(args.head_dim) * args.cap);
 }
 
 inline void EncodeTile(const HeadArgs& args, Tile& tile, std::byte* out) {
