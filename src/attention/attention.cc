@@ -75,8 +75,8 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
       RoundUp<size_t>(VisitScratchFloats(shape.head_dim) + 2 * kGroupMax * (shape.head_dim + 2), 16) * sizeof(float);
   const size_t tile_bytes = (bf16_kernels_ ? TileScratchBytes : GenericTileScratchBytes)(tiles_ ? shape.head_dim : 0);
   kernel_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 64);
-  const bool plain = cache.shape().sealed.empty() && !cache.residuals();
-  const size_t reader_bytes = plain ? 0 : HeadReader::ScratchBytes(shape.head_dim);
+  decodes_ = !cache.shape().sealed.empty() || cache.residuals();
+  const size_t reader_bytes = decodes_ ? HeadReader::ScratchBytes(shape.head_dim) : 0;
   thread_scratch_bytes_ = RoundUp<size_t>(kernel_scratch_bytes_ + reader_bytes, 4096);
   const size_t scratch_bytes = thread_scratch_bytes_ * threads;
   scratch_ = {memory_.Allocate(scratch_bytes), scratch_bytes};
@@ -384,7 +384,7 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
   args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
   HeadReader reader(ReaderScratch(thread));
   for (int first = part.first; first < part.last; first += args.n) {
-    args.n = std::min(kVisitsMax, part.last - first);
+    args.n = VisitsTogether(plan, part, first);
     for (int i = 0; i < args.n; ++i) visits[i] = FirstHead(plan, part, first + i, rope, in_place[i]);
     for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
       for (int i = 0; i < args.n; ++i) {
@@ -404,6 +404,16 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
       for (int i = 0; i < args.n; ++i) NextHead(visits[i], in_place[i]);
     }
   }
+}
+
+// How many visits from `first` on a kernel takes at once. Where blocks are decoded, not some of those to one block and
+// the others with the next ones: it would be decoded twice.
+int Attention::VisitsTogether(const WindowPlan& plan, const Part& part, int first) const {
+  const int n = std::min(kVisitsMax, part.last - first);
+  if (!decodes_ || first + n == part.last) return n;
+  int whole = n;
+  while (whole > kVisitsMax / 2 && plan.visits[first + whole].order == plan.visits[first + whole - 1].order) --whole;
+  return whole > kVisitsMax / 2 ? whole : n;
 }
 
 // A planned visit for the first queries of the first head. Where its keys and values are is still to be set for every

@@ -153,6 +153,7 @@ class Attention {
   }
   void NextQueries(Visit& visit, int queries) const;
   void NextHead(Visit& visit, const InPlace& in_place) const;
+  int VisitsTogether(const WindowPlan& plan, const Part& part, int first) const;
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);
@@ -174,6 +175,7 @@ class Attention {
   bool rows_independent_ = false;
   bool tiles_ = false;
   bool bf16_kernels_ = false;
+  bool decodes_ = false;  // blocks may be encoded
   void (*attend_)(const VisitArgs&) = AttendGeneric;
   std::vector<RowSpan> spans_;
   std::vector<Segment> segments_;

@@ -95,13 +95,10 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
     default: LevelsOfQ8(args, head, levels);
   }
   const std::byte* scales = head + static_cast<ptrdiff_t>(args.cap) * args.head_dim * LevelBits(args.codec) / 8;
-  uint16_t shared = 0;
-  std::memcpy(&shared, scales + args.cap, sizeof(shared));
+  uint16_t unit = 0;
+  std::memcpy(&unit, scales + args.cap, sizeof(unit));
   float scale[kLanes];
-  for (int t = 0; t < args.cap; ++t) {
-    const auto byte = static_cast<uint32_t>(scales[t]);
-    scale[t] = byte == 0 ? 0 : std::bit_cast<float>((byte << 19) + (static_cast<uint32_t>(shared) << 23));
-  }
+  for (int t = 0; t < args.cap; ++t) scale[t] = static_cast<float>(scales[t]) * F32FromBf16(unit);
   struct Value {
     float level;
     float scale;

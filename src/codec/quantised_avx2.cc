@@ -139,14 +139,13 @@ inline __m256 Signed(__m256 x, __m256i signs) {
 // before.
 template <typename F>
 inline __attribute__((always_inline)) void ForTokens(const HeadArgs& args, const std::byte* scales, const F& f) {
-  uint16_t shared = 0;
-  std::memcpy(&shared, scales + args.cap, sizeof(shared));
-  const __m256i base = _mm256_set1_epi32(shared << 23);
+  uint16_t bits = 0;
+  std::memcpy(&bits, scales + args.cap, sizeof(bits));
+  const __m256 unit = _mm256_set1_ps(F32FromBf16(bits));
   for (int at = 0; at < args.cap; at += kStep) {
     const int token = at + kStep <= args.cap ? at : args.cap - kStep;
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + token)));
-    const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(bytes, 19), base);
-    f(token, _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(bytes, _mm256_setzero_si256()), sum)));
+    f(token, _mm256_mul_ps(_mm256_cvtepi32_ps(bytes), unit));
   }
 }
 

@@ -25,70 +25,105 @@ struct Levels {
 
 inline __mmask16 LaneMask(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1); }
 
+// Levels of 32 tokens, or of 16: half the work for a block that has no more.
+struct Whole {
+  using Vector = __m512i;
+  static Vector Load(const int16_t* at) { return _mm512_load_si512(at); }
+  static void Store(int16_t* at, Vector v) { _mm512_store_si512(at, v); }
+  static Vector LoadBytes(const std::byte* at, uint32_t mask) {
+    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, at));
+  }
+  static Vector LoadTable(const int16_t* at) { return _mm512_loadu_si512(at); }
+  static Vector Lookup(Vector index, int shift, Vector table) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(index, shift), table);
+  }
+  static Vector Add(Vector a, Vector b) { return _mm512_add_epi16(a, b); }
+  static Vector Subtract(Vector a, Vector b) { return _mm512_sub_epi16(a, b); }
+};
+
+struct Half {
+  using Vector = __m256i;
+  static Vector Load(const int16_t* at) { return _mm256_load_si256(reinterpret_cast<const Vector*>(at)); }
+  static void Store(int16_t* at, Vector v) { _mm256_store_si256(reinterpret_cast<Vector*>(at), v); }
+  static Vector LoadBytes(const std::byte* at, uint32_t mask) {
+    return _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), at));
+  }
+  static Vector LoadTable(const int16_t* at) { return _mm256_loadu_si256(reinterpret_cast<const Vector*>(at)); }
+  static Vector Lookup(Vector index, int shift, Vector table) {
+    return _mm256_permutexvar_epi16(_mm256_srli_epi16(index, shift), table);
+  }
+  static Vector Add(Vector a, Vector b) { return _mm256_add_epi16(a, b); }
+  static Vector Subtract(Vector a, Vector b) { return _mm256_sub_epi16(a, b); }
+};
+
 // v[i] +- v[i + half] for each two of kN vectors, for half = 1, 2, ..., kN / 2.
-template <int kN>
-inline __attribute__((always_inline)) void Butterflies(__m512i (&v)[kN]) {
+template <typename Of, int kN>
+inline __attribute__((always_inline)) void Butterflies(typename Of::Vector (&v)[kN]) {
 #pragma GCC unroll 8
   for (int half = 1; half < kN; half *= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < kN; ++i) {
       if ((i & half) != 0) continue;
-      const __m512i a = v[i];
-      v[i] = _mm512_add_epi16(a, v[i + half]);
-      v[i + half] = _mm512_sub_epi16(a, v[i + half]);
+      const auto a = v[i];
+      v[i] = Of::Add(a, v[i + half]);
+      v[i + half] = Of::Subtract(a, v[i + half]);
     }
   }
 }
 
 // The levels, and the stages of H among each kGroup channels.
-template <Codec kCodec>
+template <typename Of, Codec kCodec>
 void FirstStages(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   constexpr int kBits = LevelBits(kCodec);
   constexpr int kPerByte = 8 / kBits;
-  const __m512i table = _mm512_loadu_si512(kLevelTable<kCodec>.data());
-  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << args.cap) - 1);
+  const auto table = Of::LoadTable(kLevelTable<kCodec>.data());  // 16 entries and the same again
+  const auto mask = static_cast<uint32_t>((uint64_t{1} << args.cap) - 1);
   for (int c = 0; c < args.head_dim; c += kGroup) {
-    __m512i v[kGroup];
+    typename Of::Vector v[kGroup];
 #pragma GCC unroll 8
     for (int i = 0; i < kGroup / kPerByte; ++i) {
       const std::byte* row = bytes + static_cast<ptrdiff_t>(c / kPerByte + i) * args.cap;
-      const __m512i byte = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row));
+      const auto byte = Of::LoadBytes(row, mask);
 #pragma GCC unroll 8
-      for (int j = 0; j < kPerByte; ++j)
-        v[kPerByte * i + j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, j * kBits), table);
+      for (int j = 0; j < kPerByte; ++j) v[kPerByte * i + j] = Of::Lookup(byte, j * kBits, table);
     }
-    Butterflies(v);
+    Butterflies<Of>(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < kGroup; ++i) _mm512_store_si512(levels.x[c + i], v[i]);
+    for (int i = 0; i < kGroup; ++i) Of::Store(levels.x[c + i], v[i]);
   }
 }
 
 // The stages of H among kN channels that lie kGroup apart, in each part of kN * kGroup channels.
-template <int kN>
+template <typename Of, int kN>
 void LastStages(int head_dim, Levels& levels) {
   for (int part = 0; part < head_dim; part += kN * kGroup) {
     for (int c = part; c < part + kGroup; ++c) {
-      __m512i v[kN];
+      typename Of::Vector v[kN];
 #pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) v[i] = _mm512_load_si512(levels.x[c + i * kGroup]);
-      Butterflies(v);
+      for (int i = 0; i < kN; ++i) v[i] = Of::Load(levels.x[c + i * kGroup]);
+      Butterflies<Of>(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) _mm512_store_si512(levels.x[c + i * kGroup], v[i]);
+      for (int i = 0; i < kN; ++i) Of::Store(levels.x[c + i * kGroup], v[i]);
     }
   }
 }
 
 // H of the levels.
-template <Codec kCodec>
-void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
-  FirstStages<kCodec>(args, bytes, levels);
+template <typename Of, Codec kCodec>
+void InverseOf(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
+  FirstStages<Of, kCodec>(args, bytes, levels);
   switch (PartOf(args.head_dim) / kGroup) {
     case 1: return;
-    case 2: return LastStages<2>(args.head_dim, levels);
-    case 4: return LastStages<4>(args.head_dim, levels);
-    case 8: return LastStages<8>(args.head_dim, levels);
-    default: return LastStages<16>(args.head_dim, levels);
+    case 2: return LastStages<Of, 2>(args.head_dim, levels);
+    case 4: return LastStages<Of, 4>(args.head_dim, levels);
+    case 8: return LastStages<Of, 8>(args.head_dim, levels);
+    default: return LastStages<Of, 16>(args.head_dim, levels);
   }
+}
+
+template <Codec kCodec>
+void Inverse(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
+  (args.cap > 16 ? InverseOf<Whole, kCodec> : InverseOf<Half, kCodec>)(args, bytes, levels);
 }
 
 // scale * level + mean as bf16, where lanes are pairs: first in the low half.
@@ -116,11 +151,10 @@ inline __m512 Signed(__m512 x, __m512i signs) {
 
 // The scales of tokens [token, token + 16), zeros past the last one.
 inline __m512 LoadScales(const HeadArgs& args, const std::byte* scales, int token) {
-  uint16_t shared = 0;
-  std::memcpy(&shared, scales + args.cap, sizeof(shared));
+  uint16_t unit = 0;
+  std::memcpy(&unit, scales + args.cap, sizeof(unit));
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(LaneMask(args.cap - token), scales + token));
-  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(_mm512_test_epi32_mask(bytes, bytes), _mm512_slli_epi32(bytes, 19),
-                                                    _mm512_set1_epi32(shared << 23)));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(bytes), _mm512_set1_ps(F32FromBf16(unit)));
 }
 
 template <bool kMean>
@@ -175,19 +209,59 @@ inline __attribute__((always_inline)) void Transpose(__m512i (&v)[16]) {
   for (int i = 0; i < 16; ++i) v[i] = w[i];
 }
 
-template <bool kMean>
+// In each half, 8 rows of 8 lanes of 32 bits become 8 columns.
+inline __attribute__((always_inline)) void TransposeHalves(__m512i (&v)[8]) {
+  __m512i w[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  // v[4 i + j]: column j of each quarter, rows 4 i to 4 i + 3.
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+  const __m512i lower = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0);  // the lower quarters of both halves
+  const __m512i upper = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    w[j] = _mm512_permutex2var_epi64(v[j], lower, v[4 + j]);
+    w[4 + j] = _mm512_permutex2var_epi64(v[j], upper, v[4 + j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) v[i] = w[i];
+}
+
+// Levels of channels [c, c + 16): a vector for each two tokens.
+inline __attribute__((always_inline)) void ToTokenPairs(const Levels& levels, int c, __m512i (&v)[16]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(levels.x[c + i]);
+  Transpose(v);
+}
+
+// The same of up to 16 tokens.
+inline __attribute__((always_inline)) void ToTokenPairs(const Levels& levels, int c, __m512i (&v)[8]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(Half::Load(levels.x[c + i])), Half::Load(levels.x[c + 8 + i]), 1);
+  TransposeHalves(v);
+}
+
+template <bool kMean, int kTokenPairs>
 void StoreV(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
   alignas(64) float scale[kLanes];
   for (int token = 0; token < kLanes; token += 16)
     _mm512_store_ps(scale + token, LoadScales(args, scales, token));
   for (int c = 0; c < args.head_dim; c += 16) {
-    __m512i v[16];  // a lane is two tokens
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(levels.x[c + i]);
-    Transpose(v);
+    __m512i v[kTokenPairs];  // a lane is two tokens
+    ToTokenPairs(levels, c, v);
     const __m512i signs = _mm512_loadu_si512(&kChannelSigns[c]);
 #pragma GCC unroll 16
-    for (int pair = 0; pair < 16; ++pair) {
+    for (int pair = 0; pair < kTokenPairs; ++pair) {
       if (2 * pair >= args.cap) break;
       const ptrdiff_t at = (static_cast<ptrdiff_t>(pair) * args.head_dim + c) * 4;
       const __m512i values =
@@ -207,7 +281,7 @@ void DecodeTransformed(const HeadArgs& args, const std::byte* head, std::byte* o
   if (args.kind == Kind::kK) {
     StoreK<kMean>(args, levels, scales, out);
   } else {
-    StoreV<kMean>(args, levels, scales, out);
+    (args.cap > 16 ? StoreV<kMean, 16> : StoreV<kMean, 8>)(args, levels, scales, out);
   }
 }
 

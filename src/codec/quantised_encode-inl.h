@@ -94,31 +94,31 @@ constexpr float Boundary(size_t i) {
 struct Scales {
   alignas(64) float value[kLanes];
   uint8_t byte[kLanes];
-  uint16_t shared;
+  uint16_t unit;
 };
 
-// Rounds to the nearest scale that can be kept, or to the next one above.
+// Rounds to the nearest scales that can be kept; those of less than half of the range to the next one above if `up`.
 inline void RoundScales(const float* scales, bool up, Scales& out) {
-  constexpr uint32_t kStep = 1U << 19;
-  uint32_t bits[kLanes];
-  uint32_t largest = 0;
+  float largest = 0;
+  for (int t = 0; t < kLanes; ++t) largest = scales[t] > largest ? scales[t] : largest;
+  // The power of two of which the largest is 128 to 256 times. kLeast bounds scales from below: no number is subnormal.
+  const uint32_t exponent = std::bit_cast<uint32_t>(largest) >> 23;
+  const float unit = largest == 0 ? 0 : std::bit_cast<float>((exponent - 7) << 23);
+  const float per_unit = largest == 0 ? 0 : std::bit_cast<float>((254 + 7 - exponent) << 23);
   for (int t = 0; t < kLanes; ++t) {
-    bits[t] = (std::bit_cast<uint32_t>(scales[t]) + (up ? kStep - 1 : kStep / 2)) / kStep;
-    largest = bits[t] > largest ? bits[t] : largest;
+    const float units = scales[t] * per_unit;
+    const float nearest = units + 0.5F;
+    const float above = units + 1 - 0x1p-8F;
+    const int byte = static_cast<int>(up && units < 127.5F ? above : nearest);
+    out.byte[t] = static_cast<uint8_t>(byte < 255 ? byte : 255);
+    out.value[t] = static_cast<float>(out.byte[t]) * unit;
   }
-  // No scale of values above kLeast is so small that its exponent is not above 15.
-  const uint32_t shared = largest == 0 ? 0 : largest / 16 - 15;
-  for (int t = 0; t < kLanes; ++t) {
-    const uint32_t byte = bits[t] > shared * 16 ? bits[t] - shared * 16 : 0;
-    out.byte[t] = static_cast<uint8_t>(byte);
-    out.value[t] = byte == 0 ? 0 : std::bit_cast<float>((byte + shared * 16) * kStep);
-  }
-  out.shared = static_cast<uint16_t>(shared);
+  out.unit = Bf16FromF32(unit);
 }
 
 inline void StoreScales(const Scales& scales, int cap, std::byte* out) {
   std::memcpy(out, scales.byte, cap);
-  std::memcpy(out + cap, &scales.shared, sizeof(scales.shared));
+  std::memcpy(out + cap, &scales.unit, sizeof(scales.unit));
 }
 
 // Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>.
@@ -207,8 +207,7 @@ inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
       largest[t] = magnitude > largest[t] ? magnitude : largest[t];
     }
   }
-  // Of a decoded block again what it was: bf16 may have rounded its largest value up.
-  for (int t = 0; t < kLanes; ++t) largest[t] = largest[t] < kLeast ? 0 : largest[t] / 127 * (1 - 0x1p-8F);
+  for (int t = 0; t < kLanes; ++t) largest[t] = largest[t] < kLeast ? 0 : largest[t] / 127;
   Scales scales;
   RoundScales(largest, true, scales);
   for (int t = 0; t < kLanes; ++t) divisor[t] = scales.value[t] == 0 ? 2 * kLargest : scales.value[t];

@@ -70,10 +70,9 @@ Bytes Decoded(const BlockLayout& layout, Kind kind, Codec from, const Bytes& blo
 float ScaleOf(const BlockLayout& layout, Codec codec, const Bytes& block, int head, int cap, int token) {
   const BlockLayout quantised{layout.n_kv_heads, layout.head_dim, codec};
   const std::byte* scales = block.data() + quantised.head_offset(head + 1, cap) - cap - sizeof(uint16_t);
-  uint16_t shared = 0;
-  std::memcpy(&shared, scales + cap, sizeof(shared));
-  const int byte = static_cast<int>(scales[token]);
-  return byte == 0 ? 0 : std::ldexp(1 + static_cast<float>(byte % 16) / 16, byte / 16 + shared - 127);
+  uint16_t unit = 0;
+  std::memcpy(&unit, scales + cap, sizeof(unit));
+  return static_cast<float>(scales[token]) * F32FromBf16(unit);
 }
 
 struct Case {
@@ -243,7 +242,8 @@ TEST_P(QuantisedTest, HeadsHaveTheirOwnScale) {
   for (int i = 64; i < 128; ++i) EXPECT_NEAR(after[i], values[i], LevelBits(codec()) >= 4 ? 1 : 4);
 }
 
-// Down to 2^-14 of the largest one of their head in the block; far below, tokens decode to the mean.
+// Tokens of a 64th of the largest one of their head in the block keep a scale that is good to a quarter; far below, they
+// decode to the mean.
 TEST_P(QuantisedTest, TokensHaveTheirOwnScale) {
   std::mt19937 random(23);
   const BlockLayout layout{2, 64, Codec::kBf16};
@@ -251,7 +251,7 @@ TEST_P(QuantisedTest, TokensHaveTheirOwnScale) {
   for (const int largest : {-30, 0, 30}) {
     const Bytes block = Block(layout, kind(), 20, 20, [&, exponent = largest](int token) {
       Values values = Gaussian(128, random);
-      for (int i = 0; i < 64; ++i) values[i] = std::ldexp(values[i], exponent - (token < 15 ? token : token + 10));
+      for (int i = 0; i < 64; ++i) values[i] = std::ldexp(values[i], exponent - (token < 15 ? token / 2 : token + 5));
       return values;
     });
     const Bytes after = RoundTrip(layout, block, 20, 20, {});
@@ -263,9 +263,9 @@ TEST_P(QuantisedTest, TokensHaveTheirOwnScale) {
         error += std::pow(Load(layout, kind(), after, 20, token)[i] - value, 2);
         size += value * value;
       }
-      if (token <= 14) {
-        EXPECT_LT(error, most * size) << token;
-      } else {
+      if (token < 14) {
+        EXPECT_LT(error, (token < 10 ? 1 : 3) * most * size) << token;
+      } else if (token > 14) {
         EXPECT_EQ(error, size) << token;
       }
     }
@@ -498,9 +498,9 @@ TEST_P(QuantisedTest, TheMeanMayBeABlockOfTheSameClass) {
 }
 
 // A decoded block lies on its own grid but for the rounding to bf16, which is far from any boundary between levels:
-// encoding it again finds the same levels and scale for all but a few vectors. Of q4 those take a neighbouring scale,
-// 1/32 away: an eighth of the first error. Of q8 they are the vectors whose largest level is small enough for the
-// scale below, and err once more as they did.
+// encoding it again finds the same levels and scale for all but a few vectors. Of q4 those are vectors of which none of
+// the scales that are tried finds all levels again. Of q8 they are those whose largest level is small enough for the
+// scale below: they err once more as they did.
 TEST_P(QuantisedTest, EncodingADecodedBlockAgainChangesLittle) {
   std::mt19937 random(11);
   const BlockLayout layout{2, 64, Codec::kBf16};
@@ -520,7 +520,7 @@ TEST_P(QuantisedTest, EncodingADecodedBlockAgainChangesLittle) {
       }
     }
   }
-  EXPECT_LT(second, (codec() == Codec::kQ8 ? 0.03 : codec() == Codec::kQ4 ? 2e-3 : 1e-3) * first);
+  EXPECT_LT(second, (codec() == Codec::kQ8 ? 0.3 : codec() == Codec::kQ4 ? 3e-3 : 1e-3) * first);
 }
 
 TEST(Quantised, Sizes) {

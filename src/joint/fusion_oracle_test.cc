@@ -436,7 +436,7 @@ TEST(FusionOracle, CosineWindows) {
 }
 TEST(FusionOracle, Encoded) {
   const std::vector<Codec> sealed = {Codec::kQ8, Codec::kQ4, Codec::kQ4, Codec::kBf16};
-  RunConfig({"encoded", {2, 8, Codec::kBf16}, {0, 20}, 10, true, WithResiduals(0.1F), 29, sealed});
+  RunConfig({"encoded", {2, 8, Codec::kBf16}, {0, 20}, 10, true, WithResiduals(0.03F), 29, sealed});
 }
 TEST(FusionOracle, Differences) {
   RunConfig({"differences", {1, 16, Codec::kBf16}, {0, 20}, kSlabsForDifferences, true, WithResiduals(0.03F), 31});
