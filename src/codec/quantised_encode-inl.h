@@ -121,30 +121,35 @@ inline void StoreScales(const Scales& scales, int cap, std::byte* out) {
   std::memcpy(out + cap, &scales.unit, sizeof(scales.unit));
 }
 
-// Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>.
+// Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>. What it
+// gives is shorter than x by that error, so that products with it are too small: with 16 levels, where little is paid for
+// it, the scale is <x, x> / <x, g> instead, and <x, y> = <x, x> for what y is decoded.
+// inverse: by which each token's x is multiplied before the nearest level is chosen.
 template <Codec kCodec>
-void FitScales(int head_dim, const Tile& tile, Scales& scales) {
+void FitScales(int head_dim, const Tile& tile, float (&inverse)[kLanes], Scales& scales) {
   constexpr auto& kLevels = Grid<kCodec>::kLevels;
-  alignas(64) float rms[kLanes] = {};
+  constexpr bool kManyLevels = kLevels.size() == 8;
+  alignas(64) float squared[kLanes] = {};
+  alignas(64) float rms[kLanes];
   alignas(64) float most[kLanes];
   alignas(64) float fitted[kLanes];
   for (int c = 0; c < head_dim; ++c) {
-    for (int t = 0; t < kLanes; ++t) rms[t] += tile.x[c][t] * tile.x[c][t];
+    for (int t = 0; t < kLanes; ++t) squared[t] += tile.x[c][t] * tile.x[c][t];
   }
   for (int t = 0; t < kLanes; ++t) {
-    rms[t] = std::sqrt(rms[t] / static_cast<float>(head_dim));
+    rms[t] = std::sqrt(squared[t] / static_cast<float>(head_dim));
     most[t] = -1;
   }
   for (const float candidate : kScales) {
-    alignas(64) float inverse[kLanes];
+    alignas(64) float tried[kLanes];
     alignas(64) float along[kLanes] = {};
     alignas(64) float squares[kLanes] = {};  // integers below 2^24
     for (int t = 0; t < kLanes; ++t)
-      inverse[t] = Grid<kCodec>::kUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
+      tried[t] = Grid<kCodec>::kUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
     for (int c = 0; c < head_dim; ++c) {
       for (int t = 0; t < kLanes; ++t) {
         const float magnitude = std::fabs(tile.x[c][t]);
-        const float scaled = magnitude * inverse[t];
+        const float scaled = magnitude * tried[t];
         float level = kLevels[0];
         for (size_t i = 0; i + 1 < kLevels.size(); ++i)
           level = scaled > Boundary<kCodec>(i) ? static_cast<float>(kLevels[i + 1]) : level;
@@ -156,7 +161,8 @@ void FitScales(int head_dim, const Tile& tile, Scales& scales) {
       const float scale = along[t] / squares[t];
       const float removed = scale * along[t];
       const bool better = removed > most[t];
-      fitted[t] = better ? scale : fitted[t];
+      inverse[t] = better ? tried[t] : inverse[t];
+      fitted[t] = better ? (kManyLevels ? squared[t] / along[t] : scale) : fitted[t];
       most[t] = better ? removed : most[t];
     }
     if (kLevels.size() == 1) break;  // whatever the scale, the level is the same
@@ -172,14 +178,9 @@ void EncodeTransformed(const HeadArgs& args, Tile& tile, std::byte* out) {
   constexpr int kBits = LevelBits(kCodec);
   constexpr int kPerByte = 8 / kBits;
   Transform(args.head_dim, tile);
+  alignas(64) float inverse[kLanes] = {};
   Scales scales;
-  FitScales<kCodec>(args.head_dim, tile, scales);
-  // By which x is multiplied before the nearest level is chosen.
-  alignas(64) float inverse[kLanes];
-  for (int t = 0; t < kLanes; ++t) {
-    const float scale = scales.value[t] * static_cast<float>(PartOf(args.head_dim));
-    inverse[t] = scale == 0 ? 0 : 1 / scale;
-  }
+  FitScales<kCodec>(args.head_dim, tile, inverse, scales);
   for (int c = 0; c < args.head_dim; c += kPerByte) {
     alignas(64) int32_t packed[kLanes] = {};
     alignas(64) uint8_t bytes[kLanes];
