@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include "codec/layout.h"
+
 namespace jointkv::engine {
 namespace {
 
@@ -16,8 +18,10 @@ TEST(KvTypeTest, KnowsNamesAndFactors) {
   EXPECT_EQ(*ParseKvType("q8,q4"), *ParseKvType("q8/q4"));
   EXPECT_EQ(ParseKvType("bf16")->factor(64), 1);
   EXPECT_EQ(ParseKvType("f32")->factor(64), 0.5);
-  EXPECT_NEAR(ParseKvType("q4")->factor(64), 128.0 / 34, 1e-12);
-  EXPECT_NEAR(ParseKvType("q8/q4")->factor(64), 256.0 / (66 + 34), 1e-12);
+  // Bytes of a head vector: its levels, its scale, and a 32nd of the scales' unit.
+  constexpr double kShared = 2.0 / codec::kBlockTokensMax;
+  EXPECT_NEAR(ParseKvType("q4")->factor(64), 128.0 / (33 + kShared), 1e-12);
+  EXPECT_NEAR(ParseKvType("q8/q4")->factor(64), 256.0 / (65 + 33 + 2 * kShared), 1e-12);
 }
 
 TEST(KvTypeTest, RefusesWhatItDoesNotKnow) {
