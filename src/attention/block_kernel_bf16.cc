@@ -71,8 +71,7 @@ void Score(const Visit& visit, int n_pairs, const uint32_t* q, ptrdiff_t q_strid
       const __m512i x = _mm512_set1_epi32(static_cast<int>(q[g * q_stride + pair]));
 #pragma GCC unroll 2
       for (int i = 0; i < kWhole; ++i) sum[half][g][i] = _mm512_dpbf16_ps(sum[half][g][i], (__m512bh)x, k[i]);
-      if constexpr (kTail)
-        tail[half][g] = _mm256_dpbf16_ps(tail[half][g], (__m256bh)_mm512_castsi512_si256(x), k_tail);
+      if constexpr (kTail) tail[half][g] = _mm256_dpbf16_ps(tail[half][g], (__m256bh)_mm512_castsi512_si256(x), k_tail);
     }
   };
   int pair = 0;

@@ -254,8 +254,7 @@ inline __attribute__((always_inline)) void ToTokenPairs(const Levels& levels, in
 template <bool kMean, int kTokenPairs>
 void StoreV(const HeadArgs& args, const Levels& levels, const std::byte* scales, std::byte* out) {
   alignas(64) float scale[kLanes];
-  for (int token = 0; token < kLanes; token += 16)
-    _mm512_store_ps(scale + token, LoadScales(args, scales, token));
+  for (int token = 0; token < kLanes; token += 16) _mm512_store_ps(scale + token, LoadScales(args, scales, token));
   for (int c = 0; c < args.head_dim; c += 16) {
     __m512i v[kTokenPairs];  // a lane is two tokens
     ToTokenPairs(levels, c, v);
@@ -307,8 +306,7 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
     return;
   }
   alignas(64) float scale[kLanes];
-  for (int token = 0; token < kLanes; token += 16)
-    _mm512_store_ps(scale + token, LoadScales(args, scales, token));
+  for (int token = 0; token < kLanes; token += 16) _mm512_store_ps(scale + token, LoadScales(args, scales, token));
   for (int pair = 0; pair < args.cap / 2; ++pair) {
     const __m512 first = _mm512_set1_ps(scale[2 * pair]);
     const __m512 second = _mm512_set1_ps(scale[2 * pair + 1]);

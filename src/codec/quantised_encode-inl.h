@@ -122,9 +122,9 @@ inline void StoreScales(const Scales& scales, int cap, std::byte* out) {
 }
 
 // Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>. What it
-// gives is shorter than x by that error, so that products with it are too small: with 16 levels, where little is paid for
-// it, the scale is <x, x> / <x, g> instead, and <x, y> = <x, x> for what y is decoded.
-// inverse: by which each token's x is multiplied before the nearest level is chosen.
+// gives is shorter than x by that error, so that products with it are too small: with 16 levels, where little is paid
+// for it, the scale is <x, x> / <x, g> instead, and <x, y> = <x, x> for what y is decoded. inverse: by which each
+// token's x is multiplied before the nearest level is chosen.
 template <Codec kCodec>
 void FitScales(int head_dim, const Tile& tile, float (&inverse)[kLanes], Scales& scales) {
   constexpr auto& kLevels = Grid<kCodec>::kLevels;
@@ -144,8 +144,7 @@ void FitScales(int head_dim, const Tile& tile, float (&inverse)[kLanes], Scales&
     alignas(64) float tried[kLanes];
     alignas(64) float along[kLanes] = {};
     alignas(64) float squares[kLanes] = {};  // integers below 2^24
-    for (int t = 0; t < kLanes; ++t)
-      tried[t] = Grid<kCodec>::kUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
+    for (int t = 0; t < kLanes; ++t) tried[t] = Grid<kCodec>::kUnit / (candidate * (rms[t] < kLeast ? kLeast : rms[t]));
     for (int c = 0; c < head_dim; ++c) {
       for (int t = 0; t < kLanes; ++t) {
         const float magnitude = std::fabs(tile.x[c][t]);

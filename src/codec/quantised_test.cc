@@ -139,7 +139,8 @@ TEST(Quantised, Q4KeepsAVectorsProductWithItself) {
     double products = 0;
     for (int n = 0; n < 100; ++n) {
       const Bytes block = Block(layout, kind, 32, 32, [&](int) { return Gaussian(64, random); });
-      const Bytes back = Decoded(layout, kind, Codec::kQ4, Encoded(layout, kind, Codec::kQ4, block, 32, 32, {}), 32, {});
+      const Bytes back =
+          Decoded(layout, kind, Codec::kQ4, Encoded(layout, kind, Codec::kQ4, block, 32, 32, {}), 32, {});
       for (int token = 0; token < 32; ++token) {
         const Values before = Load(layout, kind, block, 32, token);
         const Values after = Load(layout, kind, back, 32, token);
@@ -271,8 +272,8 @@ TEST_P(QuantisedTest, HeadsHaveTheirOwnScale) {
   for (int i = 64; i < 128; ++i) EXPECT_NEAR(after[i], values[i], LevelBits(codec()) >= 4 ? 1 : 4);
 }
 
-// Tokens of a 64th of the largest one of their head in the block keep a scale that is good to a quarter; far below, they
-// decode to the mean.
+// Tokens of a 64th of the largest one of their head in the block keep a scale that is good to a quarter; far below,
+// they decode to the mean.
 TEST_P(QuantisedTest, TokensHaveTheirOwnScale) {
   std::mt19937 random(23);
   const BlockLayout layout{2, 64, Codec::kBf16};

@@ -15,7 +15,8 @@ namespace jointkv::kv {
 Expected<std::unique_ptr<Arena>> Arena::Create(size_t cap_bytes, size_t slab_bytes,
                                                std::span<const size_t> class_bytes) {
   CHECK(slab_bytes % (64 * kSlabQuarters) == 0);
-  for (const size_t bytes : class_bytes) CHECK(bytes > 0 && bytes % codec::kQuantisedBlockStep == 0 && bytes <= slab_bytes);
+  for (const size_t bytes : class_bytes)
+    CHECK(bytes > 0 && bytes % codec::kQuantisedBlockStep == 0 && bytes <= slab_bytes);
   const size_t n_slabs = cap_bytes / slab_bytes;
   if (n_slabs == 0) {
     return Status(StatusCode::kInvalidArgument,

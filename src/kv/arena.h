@@ -31,9 +31,9 @@ inline constexpr int kSlabQuarters = 4;
 
 class Arena {
  public:
-  // class_bytes: size of a block, by class; multiples of codec::kQuantisedBlockStep and no larger than a slab, which is a multiple of
-  // 256.
-  // Reserves (does not touch) cap_bytes, rounded down to whole slabs. kInvalidArgument when not even one slab fits.
+  // class_bytes: size of a block, by class; multiples of codec::kQuantisedBlockStep and no larger than a slab, which is
+  // a multiple of 256. Reserves (does not touch) cap_bytes, rounded down to whole slabs. kInvalidArgument when not even
+  // one slab fits.
   static Expected<std::unique_ptr<Arena>> Create(size_t cap_bytes, size_t slab_bytes,
                                                  std::span<const size_t> class_bytes);
   ~Arena();
