@@ -406,14 +406,14 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
   }
 }
 
-// How many visits from `first` on a kernel takes at once. Where blocks are decoded, not some of those to one block and
-// the others with the next ones: it would be decoded twice.
+// How many visits from `first` on a kernel takes at once. Where blocks are decoded, rather not some of those to one
+// block and the others with the next ones: it would be decoded twice.
 int Attention::VisitsTogether(const WindowPlan& plan, const Part& part, int first) const {
   const int n = std::min(kVisitsMax, part.last - first);
   if (!decodes_ || first + n == part.last) return n;
   int whole = n;
-  while (whole > kVisitsMax / 2 && plan.visits[first + whole].order == plan.visits[first + whole - 1].order) --whole;
-  return whole > kVisitsMax / 2 ? whole : n;
+  while (whole > 0 && plan.visits[first + whole].order == plan.visits[first + whole - 1].order) --whole;
+  return whole >= kVisitsMax / 2 ? whole : n;
 }
 
 // A planned visit for the first queries of the first head. Where its keys and values are is still to be set for every
@@ -440,8 +440,10 @@ Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, 
   for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
   const auto ask_for = [&](BlockId block, BlockId block_before) -> const std::byte* {
     if (block == block_before) return nullptr;
-    if (const std::byte* data = HeadReader::InPlace(run, block)) return data;
-    for (size_t at = 0; at < cache.block_bytes(block); at += 64) __builtin_prefetch(cache.data(block) + at, 0, 2);
+    if (const std::byte* as_read = HeadReader::InPlace(run, block)) return as_read;
+    const std::byte* data = cache.data(block);
+    const std::byte* first_line = data - reinterpret_cast<uintptr_t>(data) % 64;
+    for (const std::byte* at = first_line; at < data + cache.block_bytes(block); at += 64) __builtin_prefetch(at, 0, 2);
     return nullptr;
   };
   visit.next_k = ask_for(run.k[later.block], run_of(before).k[before.block]);

@@ -190,8 +190,9 @@ void WeightedSum(const Visit& visit, int head_dim, const float* correction, cons
   const ptrdiff_t stride = static_cast<ptrdiff_t>(head_dim) * 4;
   const int end = (visit.end + 1) / 2;
   for (int pair = visit.begin / 2; pair < end; ++pair) {
-    range.Step();
-    range.Step();
+    // As many lines as are read here: half of what the calls' scores and sums read, the other half was asked for there.
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) range.Step();
     __m512bh values[kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) values[i] = (__m512bh)load(v + pair * stride + 64 * i);

@@ -9,11 +9,11 @@
 //        scale leaves no error along the vector itself: decoded, it has the vector's own product with it.
 //   q2, q1   the same with 4 and 2 levels: for what a block differs by from a mean that resembles it
 //
-// A scale takes a byte: how many of a unit, a power of two in bf16 which all tokens of a head of a block share. An
-// error of a scale is one along the vector itself, which the scores that matter most feel most: of scales more than
-// half of the largest one it is 1/256 at most. (Floats of 4 bits of mantissa in the same byte added a third to the KL
-// divergence of q4 on SmolLM2-135M.) Head vectors smaller than about 1/500 of the largest one of their head in the
-// block decode to the mean.
+// A scale takes a byte: how many of a unit, a power of two in bf16 which all tokens of a head of a block share; the
+// largest is 128 to 255. An error of a scale is one along the vector itself, which the scores that matter most feel
+// most: of that many units it is 1/256 at most. (Floats of 4 bits of mantissa in the same byte added a third to the KL
+// divergence of q4 on SmolLM2-135M.) A head vector with a scale of less than half a unit decodes to the mean; q8 rounds
+// small scales up.
 //
 // Differences from the mean are held within +-2^50, and a head vector whose differences are all smaller than 2^-50
 // decodes to the mean. Decoded values below 2^-126 are zeros. Every block decodes to finite values if its mean is
@@ -38,7 +38,8 @@ namespace jointkv::codec {
 
 inline constexpr int kQuantisedHeadDimMax = 256;
 
-// What a transformed codec leaves of the energy of Gaussian values (less of short head vectors, whose scale is fitted).
+// What the levels of a transformed codec leave of the energy of Gaussian values, with the scale of the least error
+// (less of short head vectors, to which it is fitted). q4's own scale leaves 1 % more.
 constexpr double GaussianLoss(Codec codec) {
   CHECK(IsQuantised(codec) && codec != Codec::kQ8);
   return codec == Codec::kQ4 ? 0.009506 : codec == Codec::kQ2 ? 0.11748 : 0.36338;

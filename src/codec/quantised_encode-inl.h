@@ -97,7 +97,8 @@ struct Scales {
   uint16_t unit;
 };
 
-// Rounds to the nearest scales that can be kept; those of less than half of the range to the next one above if `up`.
+// Rounds to the nearest scales that can be kept; below half of the range, if `up`, to the least with which a largest
+// level of 127 becomes no more than 127.49.
 inline void RoundScales(const float* scales, bool up, Scales& out) {
   float largest = 0;
   for (int t = 0; t < kLanes; ++t) largest = scales[t] > largest ? scales[t] : largest;
@@ -108,7 +109,7 @@ inline void RoundScales(const float* scales, bool up, Scales& out) {
   for (int t = 0; t < kLanes; ++t) {
     const float units = scales[t] * per_unit;
     const float nearest = units + 0.5F;
-    const float above = units + 1 - 0x1p-8F;
+    const float above = std::ceil(units * 0.9962F);
     const int byte = static_cast<int>(up && units < 127.5F ? above : nearest);
     out.byte[t] = static_cast<uint8_t>(byte < 255 ? byte : 255);
     out.value[t] = static_cast<float>(out.byte[t]) * unit;

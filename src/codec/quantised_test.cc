@@ -130,7 +130,8 @@ TEST(Quantised, Q4OfAGaussianIsLloydMax) {
 }
 
 // The scale with the least error would leave products short by that error, 1 - kLloydMax of what they are. Here scales
-// are off by 1/256 at most either way, and bf16 by as much a value.
+// of 64 units and more (a Gaussian's lengths differ by less than a factor of two) are off by 1/128 at most, bf16 by
+// 1/256.
 TEST(Quantised, Q4KeepsAVectorsProductWithItself) {
   std::mt19937 random(24);
   const BlockLayout layout{1, 64, Codec::kBf16};
@@ -150,7 +151,7 @@ TEST(Quantised, Q4KeepsAVectorsProductWithItself) {
           square += before[i] * before[i];
           product += before[i] * after[i];
         }
-        EXPECT_NEAR(product / square, 1, 2 * kBf16Unit);
+        EXPECT_NEAR(product / square, 1, 3 * kBf16Unit);
         squares += square;
         products += product;
       }
@@ -464,9 +465,12 @@ TEST_P(QuantisedTest, EveryTargetGivesTheSameBits) {
     for (int cap = kClassStep; cap <= kBlockTokensMax; cap += kClassStep) {
       for (const bool with_mean : {false, true}) {
         const Bytes mean = Block(layout, kind(), 32, 32, [&](int) { return Gaussian(head_dim, random); });
+        // Half of the blocks are of one magnitude: in the others the largest decides what is left of the rest.
+        const bool mixed = random() % 2 == 0;
+        const float most = std::ldexp(1.0F, static_cast<int>(random() % 120) - 60);
         const Bytes block = Block(layout, kind(), cap, cap, [&](int) {
           const float scale = random() % 4 == 0 ? 0 : std::ldexp(1.0F, static_cast<int>(random() % 120) - 60);
-          return Gaussian(head_dim, random, random() % 2 == 0 ? 1 : scale);
+          return Gaussian(head_dim, random, mixed && random() % 2 == 0 ? scale : most);
         });
         const int tokens = cap - std::min(cap - 1, static_cast<int>(random() % 4));
         Values pair_scales = Gaussian(head_dim / 2, random);
@@ -549,7 +553,7 @@ TEST_P(QuantisedTest, EncodingADecodedBlockAgainChangesLittle) {
       }
     }
   }
-  EXPECT_LT(second, (codec() == Codec::kQ8 ? 0.3 : 1e-3) * first);
+  EXPECT_LT(second, (codec() == Codec::kQ8 ? 0.05 : 1e-3) * first);
 }
 
 TEST(Quantised, Sizes) {
