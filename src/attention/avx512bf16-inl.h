@@ -10,27 +10,29 @@ namespace {
 // The first n of 16 lanes; n may be negative or above 16.
 inline __mmask16 LaneMask(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 
+constexpr float kExp2Terms[] = {9.57009e-3f, 5.591786e-2f, 2.4024745e-1f, 6.9312181e-1f, 0.99999926f};
+
 // 2^x for finite x <= 0, to 3e-6 relative (a weight is then rounded to bf16, 4e-3): an integer and a fraction in
 // [-1/2, 1/2], and the polynomial of degree 4 with the least relative error there.
 inline __m512 Exp2(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
-  __m512 y = _mm512_set1_ps(9.57009e-3f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.591786e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4024745e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9312181e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.99999926f));
+  __m512 y = _mm512_set1_ps(kExp2Terms[0]);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(kExp2Terms[1]));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(kExp2Terms[2]));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(kExp2Terms[3]));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(kExp2Terms[4]));
   return _mm512_scalef_ps(y, n);
 }
 
 inline __m256 Exp2(__m256 x) {
   const __m256 n = _mm256_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 f = _mm256_sub_ps(x, n);
-  __m256 y = _mm256_set1_ps(9.57009e-3f);
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(5.591786e-2f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.4024745e-1f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.9312181e-1f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(0.99999926f));
+  __m256 y = _mm256_set1_ps(kExp2Terms[0]);
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(kExp2Terms[1]));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(kExp2Terms[2]));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(kExp2Terms[3]));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(kExp2Terms[4]));
   return _mm256_scalef_ps(y, n);
 }
 

@@ -12,8 +12,8 @@
 // A scale takes a byte: how many of a unit, a power of two in bf16 which all tokens of a head of a block share; the
 // largest is 128 to 255. An error of a scale is one along the vector itself, which the scores that matter most feel
 // most: of that many units it is 1/256 at most. (Floats of 4 bits of mantissa in the same byte added a third to the KL
-// divergence of q4 on SmolLM2-135M.) A head vector with a scale of less than half a unit decodes to the mean; q8 rounds
-// small scales up.
+// divergence of q4 on SmolLM2-135M.) A head vector with a scale of less than half a unit decodes to the mean; in q8
+// scales are rounded up at least so far that no level passes 127.
 //
 // Differences from the mean are held within +-2^50, and a head vector whose differences are all smaller than 2^-50
 // decodes to the mean. Decoded values below 2^-126 are zeros. Every block decodes to finite values if its mean is

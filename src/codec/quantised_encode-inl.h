@@ -199,6 +199,42 @@ void EncodeTransformed(const HeadArgs& args, Tile& tile, std::byte* out) {
   StoreScales(scales, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / kPerByte) * args.cap);
 }
 
+constexpr float kToInteger = 0x1.8p23F;  // added and subtracted again, rounds to an integer
+constexpr int kQ8Scales = 6;             // that are tried
+
+// Of the least scales that can be kept, the one with the least error: of a decoded block it is what it was.
+inline void FitQ8Scales(int head_dim, const Tile& tile, Scales& scales) {
+  const float unit = F32FromBf16(scales.unit);
+  alignas(64) float least[kLanes];
+  const Scales smallest = scales;
+  for (int more = 0; more < kQ8Scales; ++more) {
+    alignas(64) float value[kLanes];
+    alignas(64) float divisor[kLanes];
+    alignas(64) float error[kLanes] = {};
+    uint8_t byte[kLanes];
+    for (int t = 0; t < kLanes; ++t) {
+      // Zero stays zero, and from 128 units on the nearest scale is as good as any.
+      const bool fixed = smallest.byte[t] == 0 || smallest.byte[t] >= 128;
+      byte[t] = static_cast<uint8_t>(smallest.byte[t] + (fixed ? 0 : more));
+      value[t] = static_cast<float>(byte[t]) * unit;
+      divisor[t] = byte[t] == 0 ? 2 * kLargest : value[t];
+    }
+    for (int c = 0; c < head_dim; ++c) {
+      for (int t = 0; t < kLanes; ++t) {
+        const float level = tile.x[c][t] / divisor[t] + kToInteger - kToInteger;
+        const float left = tile.x[c][t] - level * value[t];
+        error[t] += left * left;
+      }
+    }
+    for (int t = 0; t < kLanes; ++t) {
+      const bool better = more == 0 || error[t] < least[t];
+      least[t] = better ? error[t] : least[t];
+      scales.byte[t] = better ? byte[t] : scales.byte[t];
+      scales.value[t] = better ? value[t] : scales.value[t];
+    }
+  }
+}
+
 inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
   alignas(64) float largest[kLanes] = {};
   alignas(64) float divisor[kLanes];
@@ -211,13 +247,13 @@ inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
   for (int t = 0; t < kLanes; ++t) largest[t] = largest[t] < kLeast ? 0 : largest[t] / 127;
   Scales scales;
   RoundScales(largest, true, scales);
+  FitQ8Scales(args.head_dim, tile, scales);
   for (int t = 0; t < kLanes; ++t) divisor[t] = scales.value[t] == 0 ? 2 * kLargest : scales.value[t];
   for (int c = 0; c < args.head_dim; ++c) {
     alignas(64) int8_t levels[kLanes];
     for (int t = 0; t < kLanes; ++t) {
-      // Below 127.5; adding 1.5 * 2^23 rounds it to an integer.
-      const float rounded = tile.x[c][t] / divisor[t] + 0x1.8p23F;
-      levels[t] = static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(0x1.8p23F));
+      const float rounded = tile.x[c][t] / divisor[t] + kToInteger;  // the quotient is below 127.5
+      levels[t] = static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(kToInteger));
     }
     if (args.kind == Kind::kK) {
       std::memcpy(out + static_cast<ptrdiff_t>(c) * args.cap, levels, args.cap);
