@@ -209,7 +209,7 @@ inline void FitQ8Scales(int head_dim, const Tile& tile, Scales& scales) {
   const Scales smallest = scales;
   for (int more = 0; more < kQ8Scales; ++more) {
     alignas(64) float value[kLanes];
-    alignas(64) float divisor[kLanes];
+    alignas(64) float inverse[kLanes];
     alignas(64) float error[kLanes] = {};
     uint8_t byte[kLanes];
     for (int t = 0; t < kLanes; ++t) {
@@ -217,11 +217,11 @@ inline void FitQ8Scales(int head_dim, const Tile& tile, Scales& scales) {
       const bool fixed = smallest.byte[t] == 0 || smallest.byte[t] >= 128;
       byte[t] = static_cast<uint8_t>(smallest.byte[t] + (fixed ? 0 : more));
       value[t] = static_cast<float>(byte[t]) * unit;
-      divisor[t] = byte[t] == 0 ? 2 * kLargest : value[t];
+      inverse[t] = byte[t] == 0 ? 0 : 1 / value[t];
     }
     for (int c = 0; c < head_dim; ++c) {
       for (int t = 0; t < kLanes; ++t) {
-        const float level = tile.x[c][t] / divisor[t] + kToInteger - kToInteger;
+        const float level = tile.x[c][t] * inverse[t] + kToInteger - kToInteger;
         const float left = tile.x[c][t] - level * value[t];
         error[t] += left * left;
       }
