@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "attention/decoded_blocks.h"
 #include "attention/head_reader.h"
 #include "base/clock.h"
 #include "base/cpu.h"
@@ -26,12 +27,6 @@ int SplitEnd(int at, int last) { return std::min(last, (at / kSplitBlocks + 1) *
 
 // What a visit costs, in tokens: its block in whole vectors, and what does not depend on the block's length.
 int Cost(const kv::LogicalBlock& block) { return RoundUp<int>(block.tokens, 16) + 8; }
-
-void Clear(const Visit& visit, int queries, int head_dim) {
-  std::fill_n(visit.sums, static_cast<ptrdiff_t>(queries) * head_dim, 0.0f);
-  std::fill_n(visit.stats, kGroupMax, kUnseen);
-  std::fill_n(visit.stats + kGroupMax, kGroupMax, 0.0f);
-}
 
 // Adds one partial result of a query, of `stats` as in Visit, to another: always the later blocks to the earlier ones.
 void Combine(float* sums, float* stats, const float* more_sums, const float* more_stats, int head_dim) {
@@ -76,7 +71,9 @@ Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threa
   const size_t tile_bytes = (bf16_kernels_ ? TileScratchBytes : GenericTileScratchBytes)(tiles_ ? shape.head_dim : 0);
   kernel_scratch_bytes_ = RoundUp<size_t>(std::max(row_bytes, tile_bytes), 64);
   decodes_ = !cache.shape().sealed.empty() || cache.residuals();
-  const size_t reader_bytes = decodes_ ? HeadReader::ScratchBytes(shape.head_dim) : 0;
+  const size_t reader_bytes =
+      decodes_ ? std::max(HeadReader::ScratchBytes(shape.head_dim), DecodedBlocks::ScratchBytes(shape.head_dim)) : 0;
+  orders_.resize(threads);
   thread_scratch_bytes_ = RoundUp<size_t>(kernel_scratch_bytes_ + reader_bytes, 4096);
   const size_t scratch_bytes = thread_scratch_bytes_ * threads;
   scratch_ = {memory_.Allocate(scratch_bytes), scratch_bytes};
@@ -109,6 +106,11 @@ void Attention::Plan(const kv::KvCache& cache, std::span<const RowSpan> spans) {
     PlanWindow(cache, plan);
     partials = std::max<size_t>(partials, plan.partials);
   }
+  size_t longest = 0;
+  for (const WindowPlan& plan : plans_) {
+    for (const Part& part : plan.parts) longest = std::max<size_t>(longest, part.last - part.first);
+  }
+  for (LayerOrder& order : orders_) order.Reserve(longest);
   const size_t floats = partials * partial_floats();
   if (floats > partials_.size()) partials_ = Floats(std::max(floats, 2 * partials_.size()));
   times_.plan_s += MonotonicSeconds() - start_s;
@@ -373,98 +375,6 @@ Visit Attention::VisitOf(const BlockRun& run, int index, int row, int position, 
   return visit;
 }
 
-// A few visits at a time, head after head: what the rows among them share is then in the nearest cache, and so is, of
-// the next few, what was asked for meanwhile.
-void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread) {
-  Visit visits[kVisitsMax];
-  InPlace in_place[kVisitsMax];
-  VisitArgs args;
-  args.layout = runs_.front().layout;
-  args.visits = visits;
-  args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
-  HeadReader reader(ReaderScratch(thread));
-  for (int first = part.first; first < part.last; first += args.n) {
-    args.n = VisitsTogether(plan, part, first);
-    for (int i = 0; i < args.n; ++i) visits[i] = FirstHead(plan, part, first + i, rope, in_place[i]);
-    for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
-      for (int i = 0; i < args.n; ++i) {
-        const PlannedVisit& planned = plan.visits[first + i];
-        const BlockRun& run = runs_[planned.span];
-        if (!in_place[i].k) visits[i].k = reader.Keys(run, planned.block, kv_head);
-        if (!in_place[i].v) visits[i].v = reader.Values(run, planned.block, kv_head);
-      }
-      for (int g = 0; g < shape_.group(); g += kGroupMax) {
-        args.queries = std::min(kGroupMax, shape_.group() - g);
-        for (int i = 0; i < args.n; ++i) {
-          if (plan.visits[first + i].first) Clear(visits[i], args.queries, shape_.head_dim);
-        }
-        attend_(args);
-        for (int i = 0; i < args.n; ++i) NextQueries(visits[i], args.queries);
-      }
-      for (int i = 0; i < args.n; ++i) NextHead(visits[i], in_place[i]);
-    }
-  }
-}
-
-// How many visits from `first` on a kernel takes at once. Where blocks are decoded, rather not some of those to one
-// block and the others with the next ones: it would be decoded twice.
-int Attention::VisitsTogether(const WindowPlan& plan, const Part& part, int first) const {
-  const int n = std::min(kVisitsMax, part.last - first);
-  if (!decodes_ || first + n == part.last) return n;
-  int whole = n;
-  while (whole > 0 && plan.visits[first + whole].order == plan.visits[first + whole - 1].order) --whole;
-  return whole >= kVisitsMax / 2 ? whole : n;
-}
-
-// A planned visit for the first queries of the first head. Where its keys and values are is still to be set for every
-// head unless they lie in place.
-Visit Attention::FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope,
-                           InPlace& in_place) {
-  const auto run_of = [&](const PlannedVisit& v) -> const BlockRun& { return runs_[v.span]; };
-  const PlannedVisit& planned = plan.visits[index];
-  Visit visit = VisitOf(run_of(planned), planned.block, planned.row, planned.position, plan.window, 0, rope);
-  visit.k = HeadReader::InPlace(run_of(planned), run_of(planned).k[planned.block]);
-  visit.v = HeadReader::InPlace(run_of(planned), run_of(planned).v[planned.block]);
-  in_place = {visit.k != nullptr, visit.v != nullptr};
-  visit.sums = partials_.data() + planned.partial * partial_floats();
-  visit.stats = visit.sums + shape_.d_q();
-  const int next = index + kVisitsMax;
-  if (next >= part.last) return visit;
-  const PlannedVisit& later = plan.visits[next];
-  const PlannedVisit& before = plan.visits[next - 1];
-  const BlockRun& run = run_of(later);
-  const kv::KvCache& cache = *run.cache;
-  visit.next_cap = run.blocks[later.block].cap;
-  // Its cosines and sines, which follow one another.
-  const float* rotation = rope.cos(later.position - run.blocks[later.block].base);
-  for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
-  const auto ask_for = [&](BlockId block, BlockId block_before) -> const std::byte* {
-    if (block == block_before) return nullptr;
-    if (const std::byte* as_read = HeadReader::InPlace(run, block)) return as_read;
-    const std::byte* data = cache.data(block);
-    const std::byte* first_line = data - reinterpret_cast<uintptr_t>(data) % 64;
-    for (const std::byte* at = first_line; at < data + cache.block_bytes(block); at += 64) __builtin_prefetch(at, 0, 2);
-    return nullptr;
-  };
-  visit.next_k = ask_for(run.k[later.block], run_of(before).k[before.block]);
-  visit.next_v = ask_for(run.v[later.block], run_of(before).v[before.block]);
-  return visit;
-}
-
-void Attention::NextQueries(Visit& visit, int queries) const {
-  visit.q += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
-  visit.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
-  visit.stats += 2 * kGroupMax;
-}
-
-void Attention::NextHead(Visit& visit, const InPlace& in_place) const {
-  const codec::BlockLayout& layout = *runs_.front().layout;
-  if (in_place.k) visit.k += layout.head_bytes(visit.cap);
-  if (in_place.v) visit.v += layout.head_bytes(visit.cap);
-  if (visit.next_k != nullptr) visit.next_k += layout.head_bytes(visit.next_cap);
-  if (visit.next_v != nullptr) visit.next_v += layout.head_bytes(visit.next_cap);
-}
-
 // Split after split, added up as MergeRow would.
 void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
                        const dense::Activations& out, int thread) {
@@ -493,7 +403,7 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
           visits[i].sums = sums + static_cast<ptrdiff_t>(slot) * head_dim;
           visits[i].stats = stats + static_cast<ptrdiff_t>(2) * slot;
         }
-        if (at == first) Clear(visits[0], args.queries, head_dim);
+        if (at == first) visits[0].Clear(args.queries, head_dim);
         attend_(args);
       }
       for (int q = 0; slot != 0 && q < args.queries; ++q) {

@@ -23,6 +23,8 @@
 
 namespace jointkv::attention {
 
+class DecodedBlocks;
+
 // Consecutive positions of one sequence in consecutive rows of a step. Their slots are reserved, not yet committed.
 struct RowSpan {
   SequenceId sequence;
@@ -147,13 +149,35 @@ class Attention {
     bool k = false;
     bool v = false;
   };
-  Visit FirstHead(const WindowPlan& plan, const Part& part, int index, const dense::RopeTable& rope, InPlace& in_place);
+  // A visit as a layer meets it.
+  struct Meeting {
+    int visit = 0;
+    BlockId k;
+    BlockId v;
+    uint64_t rank = 0;  // among those that one block of the plan's first layer brings together
+  };
+  struct LayerOrder {
+    std::vector<Meeting> meetings;
+    std::vector<BlockId> seen_k;
+    std::vector<BlockId> seen_v;
+
+    void Reserve(size_t n) {
+      meetings.reserve(n);
+      seen_k.reserve(n);
+      seen_v.reserve(n);
+    }
+  };
+  void OrderVisits(const WindowPlan& plan, const Part& part, LayerOrder& order) const;
+  void Arrange(const WindowPlan& plan, std::span<Meeting> together, LayerOrder& order) const;
+  Visit FirstHead(const WindowPlan& plan, const Meeting& meeting, const dense::RopeTable& rope, DecodedBlocks& decoded,
+                  InPlace& in_place);
+  void AskFor(const WindowPlan& plan, const Meeting& meeting, const Meeting& before, const dense::RopeTable& rope,
+              Visit& visit) const;
   std::byte* ReaderScratch(int thread) {
     return scratch_.data() + thread * thread_scratch_bytes_ + kernel_scratch_bytes_;
   }
   void NextQueries(Visit& visit, int queries) const;
   void NextHead(Visit& visit, const InPlace& in_place) const;
-  int VisitsTogether(const WindowPlan& plan, const Part& part, int first) const;
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);
@@ -188,13 +212,14 @@ class Attention {
   std::vector<QueryEnergy> query_energy_;  // by layer
   std::vector<int> last_part_;             // (visiting rows) while planning
   std::vector<BlockRun> runs_;             // (spans) of the present layer
+  std::vector<LayerOrder> orders_;         // (threads)
   size_t kernel_scratch_bytes_ = 0;
   size_t thread_scratch_bytes_ = 0;
   // What every visit touches, on huge pages: small ones may happen to share sets of a cache, for the whole of a run.
   HugeArena memory_;
   std::span<float> q_;            // (max_rows, n_heads, 2, head_dim / 2)
   std::span<float> partials_;     // (partials, n_heads, head_dim + 2): sums, max, total
-  std::span<std::byte> scratch_;  // (threads, thread_scratch_bytes_): a kernel's, then a HeadReader's
+  std::span<std::byte> scratch_;  // (threads, thread_scratch_bytes_): a kernel's, then what decodes blocks
 };
 
 }  // namespace jointkv::attention

@@ -1,8 +1,8 @@
 // HeadReader: one KV head's part of blocks, in the layout that kernels read.
 //
 // Blocks as a forward pass wrote them are read where they lie. Encoded ones are decoded into scratch; the block read
-// last is not decoded again, so blocks that many visit one after the other are decoded once for all of them. A block
-// that is a difference from another one is added to that, which is itself read like any.
+// last is not decoded again. A block that is a difference from another one is added to that, which is itself read like
+// any.
 //
 // Threads: one. Owns: nothing; `scratch` is the caller's. Results stay while kInFlight further ones of the same kind
 // have not been asked for, and blocks do not change. Fails how: never.
@@ -22,12 +22,30 @@ class HeadReader {
 
   static size_t ScratchBytes(int head_dim) { return RoundUp<size_t>(2 * kPlaces * PlaceBytes(head_dim), 64); }
 
+  // Room for one head of a whole block.
+  static size_t PlaceBytes(int head_dim) {
+    return static_cast<size_t>(codec::kBlockTokensMax) * head_dim * sizeof(uint16_t);
+  }
+
   // scratch: ScratchBytes(head_dim), 64-byte aligned.
   explicit HeadReader(std::byte* scratch) : scratch_(scratch) {}
 
   // The first head of a block that lies as kernels read it, its heads one after the other; null: it does not.
   static const std::byte* InPlace(const BlockRun& run, BlockId block) {
     return run.cache->codec(block) == run.layout->codec ? run.cache->data(block) : nullptr;
+  }
+
+  // A head of an encoded block into `out`; what it is a difference from passes through `spare`. PlaceBytes each.
+  static void Decode(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head, std::byte* out,
+                     std::byte* spare) {
+    const BlockId base = run.cache->base(block);
+    if (!base.valid()) {
+      Alone(run, kind, block, cap, kv_head, out);
+      return;
+    }
+    const std::byte* from = Alone(run, kind, base, cap, kv_head, spare);
+    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, {from, cap},
+                      out);
   }
 
   const std::byte* Keys(const BlockRun& run, int index, int kv_head) {
@@ -46,10 +64,6 @@ class HeadReader {
     int place = 0;
   };
 
-  static size_t PlaceBytes(int head_dim) {
-    return static_cast<size_t>(codec::kBlockTokensMax) * head_dim * sizeof(uint16_t);
-  }
-
   const std::byte* Read(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head) {
     if (const std::byte* data = InPlace(run, block)) return data + run.layout->head_offset(kv_head, cap);
     Last& last = last_[static_cast<size_t>(kind)];
@@ -57,14 +71,7 @@ class HeadReader {
     std::byte* places = scratch_ + static_cast<size_t>(kind) * kPlaces * place_bytes;
     if (last.block != block || last.kv_head != kv_head) {
       last = {block, kv_head, (last.place + 1) % kInFlight};
-      std::byte* out = places + last.place * place_bytes;
-      if (const BlockId base = run.cache->base(block); base.valid()) {
-        const std::byte* from = Alone(run, kind, base, cap, kv_head, places + kInFlight * place_bytes);
-        codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, {from, cap},
-                          out);
-      } else {
-        Alone(run, kind, block, cap, kv_head, out);
-      }
+      Decode(run, kind, block, cap, kv_head, places + last.place * place_bytes, places + kInFlight * place_bytes);
     }
     return places + last.place * place_bytes;
   }

@@ -63,6 +63,13 @@ struct Visit {
   const std::byte* next_k = nullptr;
   const std::byte* next_v = nullptr;
   int next_cap = 0;
+
+  // Sets sums and stats of a row that has seen nothing yet.
+  void Clear(int queries, int head_dim) const {
+    std::fill_n(sums, static_cast<ptrdiff_t>(queries) * head_dim, 0.0f);
+    std::fill_n(stats, kGroupMax, kUnseen);
+    std::fill_n(stats + kGroupMax, kGroupMax, 0.0f);
+  }
 };
 
 struct VisitArgs {

@@ -1,0 +1,156 @@
+// Running a part of a plan: visits in the order of a layer, a batch at a time.
+#include <algorithm>
+
+#include "attention/attention.h"
+#include "attention/decoded_blocks.h"
+#include "attention/head_reader.h"
+
+namespace jointkv::attention {
+namespace {
+
+constexpr int kDecodedVisitsMax = 64;  // of a batch, where blocks may be encoded
+
+int RankOf(BlockId block, std::vector<BlockId>& seen) {
+  int rank = static_cast<int>(seen.size()) - 1;
+  while (rank >= 0 && seen[rank] != block) --rank;
+  if (rank >= 0) return rank;
+  seen.push_back(block);
+  return static_cast<int>(seen.size()) - 1;
+}
+
+}  // namespace
+
+// The plan brings visits together that share a block in its first layer. In a later layer, where fewer are alike, they
+// may read several blocks: those to one block of keys come one after the other, and of these those to one of values.
+void Attention::OrderVisits(const WindowPlan& plan, const Part& part, LayerOrder& order) const {
+  std::vector<Meeting>& meetings = order.meetings;
+  meetings.clear();
+  for (int i = part.first; i < part.last; ++i) {
+    const PlannedVisit& planned = plan.visits[i];
+    const BlockRun& run = runs_[planned.span];
+    meetings.push_back({i, run.k[planned.block], run.v[planned.block]});
+  }
+  for (size_t first = 0; first < meetings.size();) {
+    size_t last = first + 1;
+    bool alike = true;
+    while (last < meetings.size() &&
+           plan.visits[meetings[last].visit].order == plan.visits[meetings[first].visit].order) {
+      alike &= meetings[last].k == meetings[first].k && meetings[last].v == meetings[first].v;
+      ++last;
+    }
+    if (!alike) Arrange(plan, std::span(meetings).subspan(first, last - first), order);
+    first = last;
+  }
+}
+
+// Blocks in the order of their first visits: where they lie in memory does not change a result. A row that comes twice
+// adds up in order.
+void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, LayerOrder& order) const {
+  order.seen_k.clear();
+  order.seen_v.clear();
+  for (size_t i = 0; i < together.size(); ++i) {
+    Meeting& meeting = together[i];
+    if (i > 0 && plan.visits[meeting.visit].row == plan.visits[together[i - 1].visit].row) {
+      meeting.rank = together[i - 1].rank;
+      continue;
+    }
+    meeting.rank = uint64_t{static_cast<uint32_t>(RankOf(meeting.k, order.seen_k))} << 32 |
+                   static_cast<uint32_t>(RankOf(meeting.v, order.seen_v));
+  }
+  std::ranges::sort(together, [](const Meeting& a, const Meeting& b) {
+    return a.rank != b.rank ? a.rank < b.rank : a.visit < b.visit;
+  });
+}
+
+// Batch after batch, head after head: what a batch's visits share is then in a near cache, and is decoded once for all of
+// them.
+void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread) {
+  Visit visits[kDecodedVisitsMax];
+  InPlace in_place[kDecodedVisitsMax];
+  const int batch_max = decodes_ ? kDecodedVisitsMax : kVisitsMax;
+  LayerOrder& order = orders_[thread];
+  OrderVisits(plan, part, order);
+  const std::vector<Meeting>& meetings = order.meetings;
+  const int end = static_cast<int>(meetings.size());
+  VisitArgs args;
+  args.layout = runs_.front().layout;
+  args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
+  DecodedBlocks decoded(shape_.head_dim, ReaderScratch(thread));
+  for (int first = 0, n = 0; first < end; first += n) {
+    decoded.Clear();
+    for (n = 0; n < batch_max && first + n < end && decoded.HasRoom(); ++n)
+      visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, in_place[n]);
+    for (int i = 0; i < n && first + n + i < end; ++i)
+      AskFor(plan, meetings[first + n + i], meetings[first + n + i - 1], rope, visits[i]);
+    for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
+      decoded.Decode(kv_head);
+      for (int at = 0; at < n; at += args.n) {
+        args.visits = visits + at;
+        args.n = std::min(kVisitsMax, n - at);
+        for (int g = 0; g < shape_.group(); g += kGroupMax) {
+          args.queries = std::min(kGroupMax, shape_.group() - g);
+          for (int i = at; i < at + args.n; ++i) {
+            if (plan.visits[meetings[first + i].visit].first) visits[i].Clear(args.queries, shape_.head_dim);
+          }
+          attend_(args);
+          for (int i = at; i < at + args.n; ++i) NextQueries(visits[i], args.queries);
+        }
+        for (int i = at; i < at + args.n; ++i) NextHead(visits[i], in_place[i]);
+      }
+    }
+  }
+}
+
+// A visit for the first queries of the first head; encoded blocks are decoded for each head before it runs.
+Visit Attention::FirstHead(const WindowPlan& plan, const Meeting& meeting, const dense::RopeTable& rope,
+                           DecodedBlocks& decoded, InPlace& in_place) {
+  const PlannedVisit& planned = plan.visits[meeting.visit];
+  const BlockRun& run = runs_[planned.span];
+  Visit visit = VisitOf(run, planned.block, planned.row, planned.position, plan.window, 0, rope);
+  visit.k = HeadReader::InPlace(run, meeting.k);
+  visit.v = HeadReader::InPlace(run, meeting.v);
+  in_place = {visit.k != nullptr, visit.v != nullptr};
+  if (!in_place.k) visit.k = decoded.Add(run, codec::Kind::kK, meeting.k, visit.cap);
+  if (!in_place.v) visit.v = decoded.Add(run, codec::Kind::kV, meeting.v, visit.cap);
+  visit.sums = partials_.data() + planned.partial * partial_floats();
+  visit.stats = visit.sums + shape_.d_q();
+  return visit;
+}
+
+// What a visit of the next batch reads is asked for while `visit` runs. `before` comes just before it.
+void Attention::AskFor(const WindowPlan& plan, const Meeting& meeting, const Meeting& before,
+                       const dense::RopeTable& rope, Visit& visit) const {
+  const PlannedVisit& later = plan.visits[meeting.visit];
+  const BlockRun& run = runs_[later.span];
+  const kv::KvCache& cache = *run.cache;
+  visit.next_cap = run.blocks[later.block].cap;
+  // Its cosines and sines, which follow one another.
+  const float* rotation = rope.cos(later.position - run.blocks[later.block].base);
+  for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
+  const auto ask_for = [&](BlockId block, BlockId block_before) -> const std::byte* {
+    if (block == block_before) return nullptr;
+    if (const std::byte* as_read = HeadReader::InPlace(run, block)) return as_read;
+    const std::byte* data = cache.data(block);
+    const std::byte* first_line = data - reinterpret_cast<uintptr_t>(data) % 64;
+    for (const std::byte* at = first_line; at < data + cache.block_bytes(block); at += 64) __builtin_prefetch(at, 0, 2);
+    return nullptr;
+  };
+  visit.next_k = ask_for(meeting.k, before.k);
+  visit.next_v = ask_for(meeting.v, before.v);
+}
+
+void Attention::NextQueries(Visit& visit, int queries) const {
+  visit.q += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
+  visit.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
+  visit.stats += 2 * kGroupMax;
+}
+
+void Attention::NextHead(Visit& visit, const InPlace& in_place) const {
+  const codec::BlockLayout& layout = *runs_.front().layout;
+  if (in_place.k) visit.k += layout.head_bytes(visit.cap);
+  if (in_place.v) visit.v += layout.head_bytes(visit.cap);
+  if (visit.next_k != nullptr) visit.next_k += layout.head_bytes(visit.next_cap);
+  if (visit.next_v != nullptr) visit.next_v += layout.head_bytes(visit.next_cap);
+}
+
+}  // namespace jointkv::attention
