@@ -28,16 +28,6 @@ int SplitEnd(int at, int last) { return std::min(last, (at / kSplitBlocks + 1) *
 // What a visit costs, in tokens: its block in whole vectors, and what does not depend on the block's length.
 int Cost(const kv::LogicalBlock& block) { return RoundUp<int>(block.tokens, 16) + 8; }
 
-// Adds one partial result of a query, of `stats` as in Visit, to another: always the later blocks to the earlier ones.
-void Combine(float* sums, float* stats, const float* more_sums, const float* more_stats, int head_dim) {
-  const float largest = std::max(stats[0], more_stats[0]);
-  const float keep = std::exp2(stats[0] - largest);
-  const float add = std::exp2(more_stats[0] - largest);
-  for (int c = 0; c < head_dim; ++c) sums[c] = sums[c] * keep + more_sums[c] * add;
-  stats[kGroupMax] = stats[kGroupMax] * keep + more_stats[kGroupMax] * add;
-  stats[0] = largest;
-}
-
 }  // namespace
 
 Attention::Attention(const HeadShape& shape, const kv::KvCache& cache, int threads, int max_rows, bool rows_independent)
@@ -380,19 +370,23 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
                        const dense::Activations& out, int thread) {
   auto* scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
   const int head_dim = shape_.head_dim;
-  float* sums = scratch + VisitScratchFloats(head_dim);  // (2, kGroupMax, head_dim): all so far, the present split's
-  float* stats = sums + static_cast<ptrdiff_t>(2 * kGroupMax) * head_dim;  // (2, 2, kGroupMax)
+  const ptrdiff_t part_floats = kGroupMax * (head_dim + 2);
+  const auto partial = [&](float* at) { return Partial{at, at + ptrdiff_t{kGroupMax} * head_dim}; };
+  const Partial all = partial(scratch + VisitScratchFloats(head_dim));
+  const Partial split = partial(all.sums + part_floats);  // the present one, after the first
   Visit visits[kVisitsMax];
   VisitArgs args;
   args.layout = runs_.front().layout;
   args.visits = visits;
   args.scratch = scratch;
+  Ahead nothing;
+  args.ahead = &nothing;
   HeadReader reader(ReaderScratch(thread));
   for (int g = 0; g < shape_.group(); g += kGroupMax) {
     const int head = kv_head * shape_.group() + g;
     args.queries = std::min(kGroupMax, shape_.group() - g);
     for (int at = unit.first; at < unit.last;) {
-      const int slot = at == unit.first ? 0 : kGroupMax;
+      const Partial& part = at == unit.first ? all : split;
       const int end = SplitEnd(at, unit.last);
       for (const int first = at; at < end; at += args.n) {
         args.n = std::min(kVisitsMax, end - at);
@@ -400,47 +394,49 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
           visits[i] = VisitOf(runs_[unit.span], at + i, unit.row, unit.position, plan.window, head, rope);
           visits[i].k = reader.Keys(runs_[unit.span], at + i, kv_head);
           visits[i].v = reader.Values(runs_[unit.span], at + i, kv_head);
-          visits[i].sums = sums + static_cast<ptrdiff_t>(slot) * head_dim;
-          visits[i].stats = stats + static_cast<ptrdiff_t>(2) * slot;
+          visits[i].sum = part;
         }
-        if (at == first) visits[0].Clear(args.queries, head_dim);
+        visits[0].fresh = at == first;
         attend_(args);
       }
-      for (int q = 0; slot != 0 && q < args.queries; ++q) {
-        Combine(sums + static_cast<ptrdiff_t>(q) * head_dim, stats + q,
-                sums + static_cast<ptrdiff_t>(slot + q) * head_dim, stats + 2 * slot + q, head_dim);
-      }
+      if (part.sums != all.sums) Combine(all, split, args.queries, head_dim);
     }
-    for (int q = 0; q < args.queries; ++q)
-      WriteHead(sums + static_cast<ptrdiff_t>(q) * head_dim, stats[kGroupMax + q], unit.row, head + q, out);
+    Write(all, args.queries, unit.row, head, out);
   }
 }
 
-void Attention::WriteHead(const float* sums, float total, int row, int head, const dense::Activations& out) const {
-  const float scale = 1.0f / total;
-  const int column = head * shape_.head_dim;
-  if (out.precision == dense::Precision::kBf16) {
-    for (int c = 0; c < shape_.head_dim; ++c) out.bf16(row)[column + c] = codec::Bf16FromF32(sums[c] * scale);
-  } else {
-    for (int c = 0; c < shape_.head_dim; ++c) out.f32(row)[column + c] = sums[c] * scale;
+// The queries from `head` on.
+void Attention::Write(const Partial& sum, int queries, int row, int head, const dense::Activations& out) const {
+  const int head_dim = shape_.head_dim;
+  for (int q = 0; q < queries; ++q) {
+    WriteAverage(sum.sums + static_cast<ptrdiff_t>(q) * head_dim, sum.stats[kGroupMax + q], head_dim, out, row,
+                 (head + q) * head_dim);
   }
+}
+
+Partial Attention::PartialOf(int index) {
+  float* sums = partials_.data() + index * partial_floats();
+  return {sums, sums + shape_.d_q()};
+}
+
+void Attention::NextQueries(Partial& sum, int queries) const {
+  sum.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
+  sum.stats += 2 * kGroupMax;
 }
 
 // Partials of one row, added to the first in their order (as in flash decoding).
 void Attention::MergeRow(const Merge& merge, int kv_head, const dense::Activations& out) {
-  const int head_dim = shape_.head_dim;
-  for (int head = kv_head * shape_.group(); head < (kv_head + 1) * shape_.group(); ++head) {
-    const int queries_before = head % shape_.group() / kGroupMax * kGroupMax;
-    const int at = (kv_head * CeilDiv(shape_.group(), kGroupMax) * kGroupMax + queries_before) * 2 +
-                   head % shape_.group() - queries_before;
-    const auto sums = [&](int i) {
-      return partials_.data() + (merge.first_partial + i) * partial_floats() + static_cast<ptrdiff_t>(head) * head_dim;
-    };
-    const auto stats = [&](int i) {
-      return partials_.data() + (merge.first_partial + i) * partial_floats() + shape_.d_q() + at;
-    };
-    for (int i = 1; i < merge.partials; ++i) Combine(sums(0), stats(0), sums(i), stats(i), head_dim);
-    WriteHead(sums(0), stats(0)[kGroupMax], merge.row, head, out);
+  const int groups = CeilDiv(shape_.group(), kGroupMax);
+  const auto part = [&](int i, int g) {
+    Partial sum = PartialOf(merge.first_partial + i);
+    sum.sums += static_cast<ptrdiff_t>(kv_head * shape_.group() + g) * shape_.head_dim;
+    sum.stats += ptrdiff_t{2 * kGroupMax} * (kv_head * groups + g / kGroupMax);
+    return sum;
+  };
+  for (int g = 0; g < shape_.group(); g += kGroupMax) {
+    const int queries = std::min(kGroupMax, shape_.group() - g);
+    for (int i = 1; i < merge.partials; ++i) Combine(part(0, g), part(i, g), queries, shape_.head_dim);
+    Write(part(0, g), queries, merge.row, kv_head * shape_.group() + g, out);
   }
 }
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention/kernels.h"
+#include "attention/read_ahead.h"
 #include "base/huge_buffer.h"
 #include "base/thread_pool.h"
 #include "kv/kv_cache.h"
@@ -160,6 +161,7 @@ class Attention {
     std::vector<Meeting> meetings;
     std::vector<BlockId> seen_k;
     std::vector<BlockId> seen_v;
+    Ahead ahead;
 
     void Reserve(size_t n) {
       meetings.reserve(n);
@@ -171,19 +173,20 @@ class Attention {
   void Arrange(const WindowPlan& plan, std::span<Meeting> together, LayerOrder& order) const;
   Visit FirstHead(const WindowPlan& plan, const Meeting& meeting, const dense::RopeTable& rope, DecodedBlocks& decoded,
                   InPlace& in_place);
-  void AskFor(const WindowPlan& plan, const Meeting& meeting, const Meeting& before, const dense::RopeTable& rope,
-              Visit& visit) const;
+  void AskFor(const PlannedVisit& later, BlockId k, BlockId v, const dense::RopeTable& rope, Ahead& ahead) const;
+  void AskForPart(const WindowPlan& plan, ptrdiff_t index, const dense::RopeTable& rope, Ahead& ahead) const;
   std::byte* ReaderScratch(int thread) {
     return scratch_.data() + thread * thread_scratch_bytes_ + kernel_scratch_bytes_;
   }
-  void NextQueries(Visit& visit, int queries) const;
+  Partial PartialOf(int index);
+  void NextQueries(Partial& sum, int queries) const;
   void NextHead(Visit& visit, const InPlace& in_place) const;
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);
   void RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,
                float rope_magnitude, const dense::Activations& out, int thread);
-  void WriteHead(const float* sums, float total, int row, int head, const dense::Activations& out) const;
+  void Write(const Partial& sum, int queries, int row, int head, const dense::Activations& out) const;
   void MergeRow(const Merge& merge, int kv_head, const dense::Activations& out);
 
   // (n_heads, head_dim) sums, then (n_kv_heads, groups of kGroupMax queries, 2, kGroupMax) stats.

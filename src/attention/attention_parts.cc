@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kDecodedVisitsMax = 64;  // of a batch, where blocks may be encoded
 
+// Of each visit of a head, where a kernel asks for one at a time.
+constexpr int kSlowLines = 40;
+
 int RankOf(BlockId block, std::vector<BlockId>& seen) {
   int rank = static_cast<int>(seen.size()) - 1;
   while (rank >= 0 && seen[rank] != block) --rank;
@@ -76,12 +79,20 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
   args.layout = runs_.front().layout;
   args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
   DecodedBlocks decoded(shape_.head_dim, ReaderScratch(thread));
+  Ahead& ahead = order.ahead;
+  ahead.Clear();
+  args.ahead = &ahead;
   for (int first = 0, n = 0; first < end; first += n) {
     decoded.Clear();
     for (n = 0; n < batch_max && first + n < end && decoded.HasRoom(); ++n)
       visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, in_place[n]);
-    for (int i = 0; i < n && first + n + i < end; ++i)
-      AskFor(plan, meetings[first + n + i], meetings[first + n + i - 1], rope, visits[i]);
+    if (first + n < end) {
+      for (int i = first + n; i < std::min(first + 2 * n, end); ++i)
+        AskFor(plan.visits[meetings[i].visit], meetings[i].k, meetings[i].v, rope, ahead);
+    } else {
+      AskForPart(plan, &part - plan.parts.data() + static_cast<ptrdiff_t>(orders_.size()), rope, ahead);
+    }
+    ahead.set_fast(ahead.lines() > ptrdiff_t{kSlowLines} * n * shape_.n_kv_heads);
     for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
       decoded.Decode(kv_head);
       for (int at = 0; at < n; at += args.n) {
@@ -89,15 +100,25 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
         args.n = std::min(kVisitsMax, n - at);
         for (int g = 0; g < shape_.group(); g += kGroupMax) {
           args.queries = std::min(kGroupMax, shape_.group() - g);
-          for (int i = at; i < at + args.n; ++i) {
-            if (plan.visits[meetings[first + i].visit].first) visits[i].Clear(args.queries, shape_.head_dim);
-          }
           attend_(args);
-          for (int i = at; i < at + args.n; ++i) NextQueries(visits[i], args.queries);
+          for (int i = at; i < at + args.n; ++i) {
+            visits[i].q += static_cast<ptrdiff_t>(args.queries) * shape_.head_dim;
+            NextQueries(visits[i].sum, args.queries);
+          }
         }
         for (int i = at; i < at + args.n; ++i) NextHead(visits[i], in_place[i]);
       }
     }
+  }
+}
+
+// The first of a part that this thread may well come to next.
+void Attention::AskForPart(const WindowPlan& plan, ptrdiff_t index, const dense::RopeTable& rope, Ahead& ahead) const {
+  if (index >= static_cast<ptrdiff_t>(plan.parts.size())) return;
+  const Part& part = plan.parts[index];
+  for (int i = part.first; i < std::min(part.first + kVisitsMax, part.last); ++i) {
+    const PlannedVisit& later = plan.visits[i];
+    AskFor(later, runs_[later.span].k[later.block], runs_[later.span].v[later.block], rope, ahead);
   }
 }
 
@@ -112,45 +133,24 @@ Visit Attention::FirstHead(const WindowPlan& plan, const Meeting& meeting, const
   in_place = {visit.k != nullptr, visit.v != nullptr};
   if (!in_place.k) visit.k = decoded.Add(run, codec::Kind::kK, meeting.k, visit.cap);
   if (!in_place.v) visit.v = decoded.Add(run, codec::Kind::kV, meeting.v, visit.cap);
-  visit.sums = partials_.data() + planned.partial * partial_floats();
-  visit.stats = visit.sums + shape_.d_q();
+  visit.sum = PartialOf(planned.partial);
+  visit.fresh = planned.first;
   return visit;
 }
 
-// What a visit of the next batch reads is asked for while `visit` runs. `before` comes just before it.
-void Attention::AskFor(const WindowPlan& plan, const Meeting& meeting, const Meeting& before,
-                       const dense::RopeTable& rope, Visit& visit) const {
-  const PlannedVisit& later = plan.visits[meeting.visit];
+// What a later visit reads.
+void Attention::AskFor(const PlannedVisit& later, BlockId k, BlockId v, const dense::RopeTable& rope, Ahead& ahead) const {
   const BlockRun& run = runs_[later.span];
-  const kv::KvCache& cache = *run.cache;
-  visit.next_cap = run.blocks[later.block].cap;
   // Its cosines and sines, which follow one another.
   const float* rotation = rope.cos(later.position - run.blocks[later.block].base);
   for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
-  const auto ask_for = [&](BlockId block, BlockId block_before) -> const std::byte* {
-    if (block == block_before) return nullptr;
-    if (const std::byte* as_read = HeadReader::InPlace(run, block)) return as_read;
-    const std::byte* data = cache.data(block);
-    const std::byte* first_line = data - reinterpret_cast<uintptr_t>(data) % 64;
-    for (const std::byte* at = first_line; at < data + cache.block_bytes(block); at += 64) __builtin_prefetch(at, 0, 2);
-    return nullptr;
-  };
-  visit.next_k = ask_for(meeting.k, before.k);
-  visit.next_v = ask_for(meeting.v, before.v);
-}
-
-void Attention::NextQueries(Visit& visit, int queries) const {
-  visit.q += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
-  visit.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
-  visit.stats += 2 * kGroupMax;
+  for (const BlockId block : {k, v}) ahead.Push(run.cache->data(block), run.cache->block_bytes(block));
 }
 
 void Attention::NextHead(Visit& visit, const InPlace& in_place) const {
   const codec::BlockLayout& layout = *runs_.front().layout;
   if (in_place.k) visit.k += layout.head_bytes(visit.cap);
   if (in_place.v) visit.v += layout.head_bytes(visit.cap);
-  if (visit.next_k != nullptr) visit.next_k += layout.head_bytes(visit.next_cap);
-  if (visit.next_v != nullptr) visit.next_v += layout.head_bytes(visit.next_cap);
 }
 
 }  // namespace jointkv::attention

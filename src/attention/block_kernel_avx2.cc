@@ -294,7 +294,7 @@ void Weigh(const Visit& visit, int vectors, float* scores, float* correction) {
   }
   const __m128 largest = Combine4(
       rows, [](__m128 a, __m128 b) __attribute__((always_inline)) { return _mm_max_ps(a, b); });
-  const __m128 old_max = _mm_loadu_ps(visit.stats);
+  const __m128 old_max = _mm_loadu_ps(visit.sum.stats);
   const __m128 max = _mm_max_ps(old_max, largest);
   const __m128 shrink = Exp2(_mm_sub_ps(old_max, max));
   const __m256 v_scale = _mm256_set1_ps(visit.v_scale);
@@ -316,8 +316,8 @@ void Weigh(const Visit& visit, int vectors, float* scores, float* correction) {
   const __m128 sums = Combine4(
       rows, [](__m128 a, __m128 b) __attribute__((always_inline)) { return _mm_add_ps(a, b); });
   _mm_storeu_ps(correction, shrink);
-  _mm_storeu_ps(visit.stats, max);
-  float* total = visit.stats + kGroupMax;
+  _mm_storeu_ps(visit.sum.stats, max);
+  float* total = visit.sum.stats + kGroupMax;
   _mm_storeu_ps(total, _mm_fmadd_ps(_mm_loadu_ps(total), shrink, sums));
 }
 
@@ -340,7 +340,7 @@ class Groups {
       const Visit& visit = visits[group.n];
       if (visit.*block != visits[0].*block) break;
       // A row that meets a block twice adds up in order.
-      const auto same_row = [&](const Visit& other) { return other.sums == visit.sums; };
+      const auto same_row = [&](const Visit& other) { return other.sum.sums == visit.sum.sums; };
       if (std::any_of(visits, &visit, same_row)) break;
       group.begin = std::min(group.begin, visit.begin);
       group.end = std::max(group.end, visit.end);
@@ -370,8 +370,11 @@ void AttendAvx2(const VisitArgs& args) {
   const int head_dim = args.layout->head_dim;
   const int queries = args.queries;
   const Scratch scratch(args);
-  Ahead ahead(args);
-  for (int i = 0; i < args.n; ++i) RotateQueries(args.visits[i], queries, head_dim, scratch.Query(i));
+  Ahead& ahead = *args.ahead;
+  for (int i = 0; i < args.n; ++i) {
+    if (args.visits[i].fresh) args.visits[i].sum.Clear(queries, head_dim);
+    RotateQueries(args.visits[i], queries, head_dim, scratch.Query(i));
+  }
   for (const Group& group : Groups(args, &Visit::k)) {
     WithRows(group.n * queries, [&](auto rows) {
       Score<decltype(rows)::value>(args.visits[group.first], group.end, head_dim, scratch.Query(group.first),
@@ -391,7 +394,7 @@ void AttendAvx2(const VisitArgs& args) {
     float shrink[kRowsMax];
     for (int row = 0; row < group.n * queries; ++row) {
       const int visit = group.first + row / queries;
-      sums[row] = args.visits[visit].sums + static_cast<ptrdiff_t>(row % queries) * head_dim;
+      sums[row] = args.visits[visit].sum.sums + static_cast<ptrdiff_t>(row % queries) * head_dim;
       shrink[row] = correction[visit][row % queries];
     }
     WithRows(group.n * queries, [&](auto rows) {

@@ -55,7 +55,6 @@ void Score(const Visit& visit, int n_pairs, const uint32_t* q, ptrdiff_t q_strid
   const ptrdiff_t stride = static_cast<ptrdiff_t>(visit.cap) * 4;
   const auto step = [&](int half, int pair) __attribute__((always_inline)) {
     range.Step();
-    range.Step();
     const std::byte* at = visit.k + pair * stride;
     __m512bh k[std::max(kWhole, 1)];
     [[maybe_unused]] __m256bh k_tail;
@@ -135,7 +134,7 @@ void Weigh(const Visit& visit, const float* scores, uint16_t* weights, float* co
       row[g] = _mm512_max_ps(row[g], seen[g][i]);
     }
   }
-  const __m512 old_max = _mm512_broadcast_f32x4(_mm_loadu_ps(visit.stats));
+  const __m512 old_max = visit.fresh ? unseen : _mm512_broadcast_f32x4(_mm_loadu_ps(visit.sum.stats));
   const __m512 max = _mm512_max_ps(old_max, LargestOf4(row));
   const __m512 shrink = Exp2(_mm512_sub_ps(old_max, max));
   const __m512 v_scale = _mm512_set1_ps(visit.v_scale);
@@ -161,9 +160,10 @@ void Weigh(const Visit& visit, const float* scores, uint16_t* weights, float* co
   }
   const __m128 shrink4 = _mm512_castps512_ps128(shrink);
   _mm_storeu_ps(correction, shrink4);
-  _mm_storeu_ps(visit.stats, _mm512_castps512_ps128(max));
-  float* total = visit.stats + kGroupMax;
-  _mm_storeu_ps(total, _mm_add_ps(_mm_mul_ps(_mm_loadu_ps(total), shrink4), _mm512_castps512_ps128(SumsOf4(row))));
+  _mm_storeu_ps(visit.sum.stats, _mm512_castps512_ps128(max));
+  float* total = visit.sum.stats + kGroupMax;
+  const __m128 before = visit.fresh ? _mm_setzero_ps() : _mm_loadu_ps(total);
+  _mm_storeu_ps(total, _mm_add_ps(_mm_mul_ps(before, shrink4), _mm512_castps512_ps128(SumsOf4(row))));
 }
 
 // sums = sums * correction + weights * v, channels [channel, channel + 16 kVectors); one vector may be incomplete.
@@ -181,18 +181,19 @@ void WeightedSum(const Visit& visit, int head_dim, const float* correction, cons
   float* rows[kQueries];
 #pragma GCC unroll 8
   for (int g = 0; g < kQueries; ++g) {
-    rows[g] = visit.sums + static_cast<ptrdiff_t>(g) * head_dim + channel;
+    rows[g] = visit.sum.sums + static_cast<ptrdiff_t>(g) * head_dim + channel;
     const __m512 shrink = _mm512_set1_ps(correction[g]);
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) sum[g][i] = _mm512_mul_ps(shrink, _mm512_castsi512_ps(load(rows[g] + 16 * i)));
+    for (int i = 0; i < kVectors; ++i) {
+      sum[g][i] = visit.fresh ? _mm512_setzero_ps() : _mm512_mul_ps(shrink, _mm512_castsi512_ps(load(rows[g] + 16 * i)));
+    }
   }
   const std::byte* v = visit.v + static_cast<ptrdiff_t>(channel) * 4;
   const ptrdiff_t stride = static_cast<ptrdiff_t>(head_dim) * 4;
   const int end = (visit.end + 1) / 2;
   for (int pair = visit.begin / 2; pair < end; ++pair) {
-    // As many lines as are read here: half of what the calls' scores and sums read, the other half was asked for there.
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) range.Step();
+    range.Step();
+    range.Step();
     __m512bh values[kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) values[i] = (__m512bh)load(v + pair * stride + 64 * i);
@@ -236,7 +237,7 @@ void Attend(const VisitArgs& args) {
   const int head_dim = args.layout->head_dim;
   const int n_pairs = head_dim / 2;
   const Scratch scratch(args);
-  Ahead ahead(args);
+  Ahead& ahead = *args.ahead;
   for (int i = 0; i < args.n; ++i) {
     const Visit& visit = args.visits[i];
     RotateToPairs<kQueries>(visit.q, n_pairs, visit.cos, visit.sin, visit.k_scale, scratch.Query(i, 0),

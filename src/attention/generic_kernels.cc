@@ -105,8 +105,8 @@ HWY_INLINE void Weigh(const Visit& visit, float* scores, float* correction) {
     }
     largest[g] = hn::GetLane(hn::MaxOfLanes(d, max));
   }
-  float* max = visit.stats;
-  float* total = visit.stats + kGroupMax;
+  float* max = visit.sum.stats;
+  float* total = visit.sum.stats + kGroupMax;
   std::copy_n(max, kGroupMax, correction);
   for (int g = 0; g < kQueries; ++g) max[g] = std::max(max[g], largest[g]);
   const hn::CappedTag<float, kGroupMax> d4;
@@ -135,11 +135,11 @@ HWY_INLINE void WeightedSum(const Visit& visit, int head_dim, const float* corre
     for (int i = 0; i < kCount; ++i) {
       column[i] = channel + i * lanes;
       for (int g = 0; g < kQueries; ++g)
-        sum[g][i] = hn::Mul(hn::LoadU(d, visit.sums + g * head_dim + column[i]), hn::Set(d, correction[g]));
+        sum[g][i] = hn::Mul(hn::LoadU(d, visit.sum.sums + g * head_dim + column[i]), hn::Set(d, correction[g]));
     }
     AddProduct<kCodec>(d, visit.v, head_dim, column, visit.begin, visit.end, weights, codec::kBlockTokensMax, sum);
     for (int i = 0; i < kCount; ++i) {
-      for (int g = 0; g < kQueries; ++g) hn::StoreU(sum[g][i], d, visit.sums + g * head_dim + column[i]);
+      for (int g = 0; g < kQueries; ++g) hn::StoreU(sum[g][i], d, visit.sum.sums + g * head_dim + column[i]);
     }
   };
   const DF d;
@@ -157,6 +157,7 @@ void AttendBlocks(const VisitArgs& args) {
   const Scratch scratch(args);
   for (int i = 0; i < args.n; ++i) {
     const Visit& visit = args.visits[i];
+    if (visit.fresh) visit.sum.Clear(kQueries, head_dim);
     for (int g = 0; g < kQueries; ++g) {
       RotateQuery(visit.q + static_cast<ptrdiff_t>(g) * head_dim, head_dim / 2, visit.cos, visit.sin, visit.k_scale,
                   scratch.Query(i) + g * scratch.q_stride);
@@ -187,6 +188,58 @@ void AttendImpl(const VisitArgs& args) {
     case Codec::kF16: return AttendCodec<Codec::kF16>(args);
     default: return AttendCodec<Codec::kF32>(args);
   }
+}
+
+// Calls f(tag, i) for vectors, and then single elements, of [0, n).
+template <class F>
+HWY_INLINE void ForVectors(int n, const F& f) {
+  const DF d;
+  const hn::CappedTag<float, 1> d1;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) f(d, i);
+  for (; i < n; ++i) f(d1, i);
+}
+
+void CombineImpl(const Partial& sum, const Partial& more, int queries, int head_dim) {
+  const hn::CappedTag<float, kGroupMax> d4;
+  float keep[kGroupMax];
+  float add[kGroupMax];
+  for (int g = 0; g < kGroupMax; g += static_cast<int>(hn::Lanes(d4))) {
+    const auto load = [&](const Partial& from, int row) HWY_ATTR {
+      return hn::LoadU(d4, from.stats + static_cast<ptrdiff_t>(row * kGroupMax) + g);
+    };
+    const auto largest = hn::Max(load(sum, 0), load(more, 0));
+    const auto own = Exp2(d4, hn::Sub(load(sum, 0), largest));
+    const auto others = Exp2(d4, hn::Sub(load(more, 0), largest));
+    hn::StoreU(own, d4, keep + g);
+    hn::StoreU(others, d4, add + g);
+    hn::StoreU(hn::MulAdd(load(sum, 1), own, hn::Mul(load(more, 1), others)), d4, sum.stats + kGroupMax + g);
+    hn::StoreU(largest, d4, sum.stats + g);
+  }
+  for (int g = 0; g < queries; ++g) {
+    float* to = sum.sums + static_cast<ptrdiff_t>(g) * head_dim;
+    const float* from = more.sums + static_cast<ptrdiff_t>(g) * head_dim;
+    ForVectors(head_dim, [&](auto d, int i) HWY_ATTR {
+      const auto own = hn::Mul(hn::LoadU(d, to + i), hn::Set(d, keep[g]));
+      hn::StoreU(hn::MulAdd(hn::LoadU(d, from + i), hn::Set(d, add[g]), own), d, to + i);
+    });
+  }
+}
+
+void WriteAverageImpl(const float* sums, float total, int n, const dense::Activations& out, int row, int column) {
+  const float scale = 1 / total;
+  const bool bf16 = out.precision == dense::Precision::kBf16;
+  uint16_t* to_bf16 = bf16 ? out.bf16(row) + column : nullptr;
+  float* to_f32 = bf16 ? nullptr : out.f32(row) + column;
+  ForVectors(n, [&](auto d, int i) HWY_ATTR {
+    const auto average = hn::Mul(hn::LoadU(d, sums + i), hn::Set(d, scale));
+    if (bf16) {
+      dense::HWY_NAMESPACE::StoreBf16(d, average, to_bf16 + i);
+    } else {
+      hn::StoreU(average, d, to_f32 + i);
+    }
+  });
 }
 
 // In pair order: first halves, then second halves.
@@ -222,8 +275,6 @@ HWY_INLINE void StoreElement(Codec codec, float value, std::byte* at) {
 }
 
 void StoreTokenImpl(const TokenArgs& args) {
-  const DF d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
   const codec::BlockLayout& layout = *args.layout;
   const int head_dim = layout.head_dim;
   const int n_pairs = head_dim / 2;
@@ -235,11 +286,8 @@ void StoreTokenImpl(const TokenArgs& args) {
   }
   float* pairs = args.scratch;
   auto* halves = reinterpret_cast<uint16_t*>(args.scratch + head_dim);
-  const hn::CappedTag<float, 1> d1;
   const auto to_bf16 = [&](const float* in, uint16_t* out) {
-    int i = 0;
-    for (; i + lanes <= head_dim; i += lanes) dense::HWY_NAMESPACE::StoreBf16(d, hn::LoadU(d, in + i), out + i);
-    for (; i < head_dim; ++i) dense::HWY_NAMESPACE::StoreBf16(d1, hn::LoadU(d1, in + i), out + i);
+    ForVectors(head_dim, [&](auto v, int i) HWY_ATTR { dense::HWY_NAMESPACE::StoreBf16(v, hn::LoadU(v, in + i), out + i); });
   };
   for (int head = 0; head < layout.n_kv_heads; ++head) {
     ToPairOrder(args.qkv + static_cast<ptrdiff_t>(args.n_heads + head) * head_dim, head_dim, args.neox, pairs);
@@ -284,9 +332,17 @@ HWY_AFTER_NAMESPACE();
 namespace jointkv::attention {
 
 HWY_EXPORT(AttendImpl);
+HWY_EXPORT(CombineImpl);
+HWY_EXPORT(WriteAverageImpl);
 HWY_EXPORT(StoreTokenImpl);
 
 void AttendGeneric(const VisitArgs& args) { HWY_DYNAMIC_DISPATCH(AttendImpl)(args); }
+void Combine(const Partial& sum, const Partial& more, int queries, int head_dim) {
+  HWY_DYNAMIC_DISPATCH(CombineImpl)(sum, more, queries, head_dim);
+}
+void WriteAverage(const float* sums, float total, int n, const dense::Activations& out, int row, int column) {
+  HWY_DYNAMIC_DISPATCH(WriteAverageImpl)(sums, total, n, out, row, column);
+}
 void StoreToken(const TokenArgs& args) { HWY_DYNAMIC_DISPATCH(StoreTokenImpl)(args); }
 
 }  // namespace jointkv::attention

@@ -17,6 +17,7 @@
 
 namespace jointkv::attention {
 
+class Ahead;
 class HeadReader;
 
 // One sequence's blocks in one layer.
@@ -42,8 +43,21 @@ inline constexpr float kUnseen = -1e30f;
 
 inline constexpr int kVisitsMax = 8;  // that a block kernel handles at once
 
-// A visit: one query row (one position) of one KV head's group against one block, added to what the row has seen before
-// (online softmax, Milakov and Gimelshein 2018).
+// What some queries of a row have seen so far, not yet divided (online softmax, Milakov and Gimelshein 2018).
+struct Partial {
+  float* sums = nullptr;  // (queries, head_dim) weighted sums of V
+  // (2, kGroupMax), lanes beyond `queries` unused: the largest score, base 2, and the sum of 2^(score - largest).
+  float* stats = nullptr;
+
+  // Sets what has seen nothing.
+  void Clear(int queries, int head_dim) const {
+    std::fill_n(sums, static_cast<ptrdiff_t>(queries) * head_dim, 0.0f);
+    std::fill_n(stats, kGroupMax, kUnseen);
+    std::fill_n(stats + kGroupMax, kGroupMax, 0.0f);
+  }
+};
+
+// A visit: one query row (one position) of one KV head's group against one block, added to what the row has seen before.
 struct Visit {
   const std::byte* k = nullptr;  // this head's part of the block
   const std::byte* v = nullptr;
@@ -55,21 +69,8 @@ struct Visit {
   const float* cos = nullptr;  // (head_dim / 2) from the block's base to the row's position
   const float* sin = nullptr;
   const float* q = nullptr;  // (queries, 2, head_dim / 2)
-  float* sums = nullptr;     // in and out: (queries, head_dim) weighted sums of V, not yet divided; 0 at first
-  // In and out: (2, kGroupMax), lanes beyond `queries` unused: largest score, base 2, kUnseen at first; and sum of
-  // 2^(score - max), 0 at first.
-  float* stats = nullptr;
-  // Read soon by a later call, or null.
-  const std::byte* next_k = nullptr;
-  const std::byte* next_v = nullptr;
-  int next_cap = 0;
-
-  // Sets sums and stats of a row that has seen nothing yet.
-  void Clear(int queries, int head_dim) const {
-    std::fill_n(sums, static_cast<ptrdiff_t>(queries) * head_dim, 0.0f);
-    std::fill_n(stats, kGroupMax, kUnseen);
-    std::fill_n(stats + kGroupMax, kGroupMax, 0.0f);
-  }
+  Partial sum = {};    // in and out: of the row so far
+  bool fresh = false;  // it has seen nothing yet: `sum` is only written
 };
 
 struct VisitArgs {
@@ -78,6 +79,7 @@ struct VisitArgs {
   int n = 0;                 // <= kVisitsMax, in the order in which they are added up
   int queries = 0;           // <= kGroupMax
   float* scratch = nullptr;  // VisitScratchFloats(head_dim), 64-byte aligned
+  Ahead* ahead = nullptr;    // what to ask memory for meanwhile
 };
 
 inline constexpr int kAvx2HeadDimMax = 256;  // of AttendAvx2
@@ -95,6 +97,11 @@ void AttendAvx2(const VisitArgs& args);
 bool HasAvx2Kernel(int head_dim);
 // Any codec, any target, f32 arithmetic throughout.
 void AttendGeneric(const VisitArgs& args);
+
+// Adds a partial result of some queries to another one, of earlier blocks.
+void Combine(const Partial& sum, const Partial& more, int queries, int head_dim);
+// The average that the sums of one query are, into n of out's columns; `total` is its sum of 2^(score - largest).
+void WriteAverage(const float* sums, float total, int n, const dense::Activations& out, int row, int column);
 
 inline constexpr int kTileKeys = 256;
 inline constexpr int kTileQueries = 192;  // rows times group, at most

@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include "attention/head_reader.h"
+#include "attention/read_ahead.h"
 #include "attention/test_world.h"
 
 namespace jointkv::attention {
@@ -28,14 +29,16 @@ struct Row {
 Row RunKernel(void (*kernel)(const VisitArgs&), VisitArgs args, std::vector<Visit> visits, int at_once) {
   const int head_dim = args.layout->head_dim;
   Row row;
-  row.out.resize(static_cast<size_t>(args.queries) * head_dim);
-  std::vector<float> stats(2 * kGroupMax);
-  std::fill_n(stats.begin(), kGroupMax, kUnseen);
+  row.out.assign(static_cast<size_t>(args.queries) * head_dim, NAN);
+  std::vector<float> stats(2 * kGroupMax, NAN);
   std::vector<float> buffer(VisitScratchFloats(head_dim) + 16, NAN);
   args.scratch = AlignUp64(buffer.data());
+  Ahead nothing;
+  args.ahead = &nothing;
   for (Visit& visit : visits) {
-    visit.sums = row.out.data();
-    visit.stats = stats.data();
+    visit.sum.sums = row.out.data();
+    visit.sum.stats = stats.data();
+    visit.fresh = &visit == visits.data();
   }
   for (size_t at = 0; at < visits.size(); at += at_once) {
     args.visits = visits.data() + at;
@@ -177,6 +180,8 @@ TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
         std::vector<float> sums(kRows * row_floats);
         std::vector<float> stats(static_cast<size_t>(2) * kGroupMax * kRows);
         std::vector<Visit> visits;
+        Ahead ahead;
+        ahead.set_fast(at_once > 1);
         std::vector<std::vector<std::byte>> copies;  // values elsewhere, while keys are the same
         for (int row = 0; row < kRows; ++row) std::fill_n(stats.begin() + 2 * kGroupMax * row, kGroupMax, kUnseen);
         for (int block = 0; block < 8; ++block) {
@@ -184,22 +189,22 @@ TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
             const std::vector<Visit> all =
                 blocks.Visits(blocks.blocks()[8].start, 0, row % 2 == 1, &q[row * row_floats]);
             Visit visit = all[block];
-            visit.sums = &sums[row * row_floats];
-            visit.stats = &stats[static_cast<size_t>(2) * kGroupMax * row];
+            visit.sum.sums = &sums[row * row_floats];
+            visit.sum.stats = &stats[static_cast<size_t>(2) * kGroupMax * row];
             if (row == 1 && block % 2 == 1) {
               copies.emplace_back(visit.v, visit.v + blocks.layout().head_bytes(visit.cap));
               visit.v = copies.back().data();
             }
-            visit.next_k = visit.k;
-            visit.next_v = visit.v;
-            visit.next_cap = visit.cap;
+            ahead.Push(visit.k, blocks.layout().head_bytes(visit.cap));
+            ahead.Push(visit.v, blocks.layout().head_bytes(visit.cap));
             if (row == 2 && visit.end > 2) visit.end -= 2;
             if (row == 3 && visit.end > 3) visit.begin += 3;
             visits.insert(visits.end(), row == 4 ? 2 : 1, visit);
           }
         }
         std::vector<float> buffer(VisitScratchFloats(head_dim) + 16, NAN);
-        VisitArgs args{.layout = &blocks.layout(), .queries = queries, .scratch = AlignUp64(buffer.data())};
+        VisitArgs args{
+            .layout = &blocks.layout(), .queries = queries, .scratch = AlignUp64(buffer.data()), .ahead = &ahead};
         for (size_t at = 0; at < visits.size(); at += at_once) {
           args.visits = visits.data() + at;
           args.n = static_cast<int>(std::min<size_t>(at_once, visits.size() - at));
