@@ -1,5 +1,6 @@
-// Attention of one layer of SmolLM2-135M (9 heads, 3 KV heads, 64 channels) over bf16 blocks on 2 threads: storing K
-// and V of the step's rows, then attending. Layers rotate, so that K and V come from memory and not from a cache.
+// Attention of one layer of SmolLM2-135M (9 heads, 3 KV heads, 64 channels) over blocks of bf16, or sealed in 4 bits,
+// on 2 threads: storing K and V of the step's rows, then attending. Layers rotate, so that K and V come from memory and
+// not from a cache.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -29,8 +30,9 @@ std::vector<TokenId> RandomTokens(int n, std::mt19937& random) {
 class Layers {
  public:
   // Every block is shared by `readers` sequences.
-  Layers(int sequences, int tokens, int readers = 1) : pool_(kThreads) {
-    const kv::KvShape shape{{kHeads.n_kv_heads, kHeads.head_dim, codec::Codec::kBf16}, std::vector<int>(kLayers, 0)};
+  Layers(int sequences, int tokens, int readers = 1, bool encoded = false) : pool_(kThreads) {
+    kv::KvShape shape{{kHeads.n_kv_heads, kHeads.head_dim, codec::Codec::kBf16}, std::vector<int>(kLayers, 0)};
+    if (encoded) shape.sealed.assign(shape.n_tables(), codec::Codec::kQ4);
     const size_t bytes =
         shape.logical_token_bytes() * (static_cast<size_t>(tokens) + kStepRowsMax + 64) * sequences * 2;
     cache_ = kv::KvCache::Create(shape, kv::BlockCutter({1}), {bytes, false}).value();
@@ -50,7 +52,8 @@ class Layers {
       for (int at = 0; at < tokens; at += kStepRowsMax) {
         Reserve({ids_.back()}, std::min(kStepRowsMax, tokens - at));
         for (int layer = 0; layer < kLayers; ++layer) Store(layer);
-        cache_->Commit(ids_.back());
+        const kv::SealedRange sealed = cache_->Commit(ids_.back());
+        if (encoded) Encode(ids_.back(), sealed);
       }
     }
   }
@@ -68,6 +71,19 @@ class Layers {
       rows_ += rows;
     }
     attention_->Plan(*cache_, spans);
+  }
+  void Encode(SequenceId id, kv::SealedRange sealed) {
+    const codec::BlockLayout& layout = cache_->shape().layout;
+    for (int table = 0; table < cache_->shape().n_tables(); ++table) {
+      const auto kind = static_cast<kv::Kind>(table % 2);
+      for (int index = sealed.first; index < sealed.last; ++index) {
+        const kv::LogicalBlock& block = cache_->blocks(id)[index];
+        std::vector<std::byte> bytes(layout.block_bytes(block.cap));
+        codec::EncodeBlock(layout, kind, codec::Codec::kQ4, cache_->data(cache_->table(id, table / 2, kind)[index]),
+                           block.cap, block.tokens, {}, bytes.data());
+        if (!cache_->Encode(id, table, index, codec::Codec::kQ4, bytes.data()).valid()) std::abort();
+      }
+    }
   }
   void Store(int layer) { attention_->Store(pool_, *cache_, layer, rope_, {}, qkv_.data()); }
   void Run(int layer) {
@@ -87,11 +103,12 @@ class Layers {
   int rows_ = 0;
 };
 
-// One token of each sequence after `tokens` others, each block of which `readers` sequences share.
+// One token of each sequence after `tokens` others, each block of which `readers` sequences share. GB/s are of what is
+// read as bf16.
 void Decode(benchmark::State& state) {
   const int sequences = static_cast<int>(state.range(0));
   const int tokens = static_cast<int>(state.range(1));
-  Layers layers(sequences, tokens, static_cast<int>(state.range(2)));
+  Layers layers(sequences, tokens, static_cast<int>(state.range(2)), state.range(3) != 0);
   layers.Reserve(layers.ids(), 1);
   int layer = 0;
   for (auto _ : state) {
@@ -126,11 +143,15 @@ void Repeat(benchmark::internal::Benchmark* bench) {
 }
 
 BENCHMARK(Decode)
-    ->ArgNames({"sequences", "tokens", "readers"})
-    ->Args({16, 1040, 1})
-    ->Args({16, 1040, 4})
-    ->Args({1, 1040, 1})
-    ->Args({16, 100, 1})
+    ->ArgNames({"sequences", "tokens", "readers", "q4"})
+    ->Args({16, 1040, 1, 0})
+    ->Args({16, 1040, 4, 0})
+    ->Args({16, 1040, 16, 0})
+    ->Args({16, 1040, 1, 1})
+    ->Args({16, 1040, 4, 1})
+    ->Args({48, 1040, 6, 1})
+    ->Args({1, 1040, 1, 0})
+    ->Args({16, 100, 1, 0})
     ->Apply(Repeat);
 BENCHMARK(Prefill)->ArgNames({"rows", "tokens"})->Args({512, 1000})->Args({512, 0})->Apply(Repeat);
 

@@ -203,7 +203,10 @@ void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) 
   int at = 0;
   for (int part = 0; part < parts && at < n; ++part) {
     const int first = at;
-    for (; at < n && (part == parts - 1 || done < total * (part + 1) / parts); ++at) {
+    const int64_t end = total * (part + 1) / parts;
+    // Rather not in the midst of those that visit a block: two parts would read and decode it.
+    const auto together = [&] { return at > first && visits[at].order == visits[at - 1].order; };
+    for (; at < n && (part == parts - 1 || done < end || (together() && done < end + total / parts / 4)); ++at) {
       PlannedVisit& visit = visits[at];
       done += cost(visit);
       visit.first = last_part_[visit.partial] != part;

@@ -76,6 +76,9 @@ class Attention {
   };
   const Times& times() const { return times_; }
 
+  // Heads of encoded blocks that parts have decoded so far.
+  int64_t decoded_heads() const;
+
   // How queries weigh the channel pairs of a layer's keys: (n_kv_heads, head_dim / 2) sums of squares of their queries,
   // over the first kQueryRowsMax rows that Store took, without sequences' first ones. Empty: there were none, or the
   // store does not encode this layer's keys.
@@ -145,10 +148,10 @@ class Attention {
   // A row against the visible part of a block; where its keys and values are and its results go is still to be set.
   Visit VisitOf(const BlockRun& run, int index, int row, int position, int window, int head,
                 const dense::RopeTable& rope) const;
-  // Whether all heads of a visit's blocks lie as kernels read them, one after the other.
-  struct InPlace {
-    bool k = false;
-    bool v = false;
+  // How far it is from one head of a visit's blocks to the next: 0 for what is decoded head after head into one place.
+  struct HeadStep {
+    ptrdiff_t k = 0;
+    ptrdiff_t v = 0;
   };
   // A visit as a layer meets it.
   struct Meeting {
@@ -162,6 +165,7 @@ class Attention {
     std::vector<BlockId> seen_k;
     std::vector<BlockId> seen_v;
     Ahead ahead;
+    int64_t decoded_heads = 0;
 
     void Reserve(size_t n) {
       meetings.reserve(n);
@@ -172,7 +176,7 @@ class Attention {
   void OrderVisits(const WindowPlan& plan, const Part& part, LayerOrder& order) const;
   void Arrange(const WindowPlan& plan, std::span<Meeting> together, LayerOrder& order) const;
   Visit FirstHead(const WindowPlan& plan, const Meeting& meeting, const dense::RopeTable& rope, DecodedBlocks& decoded,
-                  InPlace& in_place);
+                  HeadStep& step);
   void AskFor(const PlannedVisit& later, BlockId k, BlockId v, const dense::RopeTable& rope, Ahead& ahead) const;
   void AskForPart(const WindowPlan& plan, ptrdiff_t index, const dense::RopeTable& rope, Ahead& ahead) const;
   std::byte* ReaderScratch(int thread) {
@@ -180,7 +184,6 @@ class Attention {
   }
   Partial PartialOf(int index);
   void NextQueries(Partial& sum, int queries) const;
-  void NextHead(Visit& visit, const InPlace& in_place) const;
   void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);

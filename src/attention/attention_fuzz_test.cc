@@ -42,6 +42,7 @@ WorldShape RandomShape(std::mt19937_64& random) {
     shape.sealed = random() % 2 == 0 ? codec::Codec::kQ4 : codec::Codec::kQ8;
   }
   shape.residuals = shape.codec == codec::Codec::kBf16 && !shape.scaled && random() % 2 == 0;
+  shape.fused = !shape.scaled && random() % 3 == 0;
   shape.threads = pick({1, 2, 3});
   shape.sharpness = random() % 5 == 0 ? 4.0f : 1.0f;
   shape.out = random() % 3 == 0 ? dense::Precision::kBf16 : dense::Precision::kF32;
@@ -52,11 +53,13 @@ WorldShape RandomShape(std::mt19937_64& random) {
 struct Met {
   int encoded = 0;  // blocks
   int differences = 0;
+  int redirected = 0;  // table slots
 };
 
 void RunWorld(uint64_t seed, Met& met) {
   std::mt19937_64 random(seed);
-  World world(RandomShape(random));
+  const WorldShape shape = RandomShape(random);
+  World world(shape);
   const int line = 2 + static_cast<int>(random() % 60);
   int budget = 1100;
   std::vector<SequenceId> sequences;
@@ -79,7 +82,8 @@ void RunWorld(uint64_t seed, Met& met) {
       if ((!pieces.empty() && pieces[0].sequence == id) || random() % 4 == 0) continue;
       const int longest = random() % 4 == 0 ? 300 : 20;
       const int n = random() % 2 == 0 ? 1 : 1 + static_cast<int>(random() % longest);
-      pieces.push_back({id, RandomTokens(n, random(), line)});
+      // Text that comes again elsewhere, where blocks of equal tokens are fused.
+      pieces.push_back({id, RandomTokens(n, shape.fused ? random() % 4 : random(), line)});
     }
     for (const World::Piece& piece : pieces) budget -= static_cast<int>(piece.tokens.size());
     if (pieces.empty() || budget < 0) continue;
@@ -90,6 +94,7 @@ void RunWorld(uint64_t seed, Met& met) {
   }
   met.encoded += world.encoded();
   met.differences += world.differences();
+  met.redirected += world.redirected();
 }
 
 TEST(AttentionFuzzTest, RandomWorldsAgreeWithTheReference) {
@@ -103,7 +108,8 @@ TEST(AttentionFuzzTest, RandomWorldsAgreeWithTheReference) {
     if (HasFailure()) return;
   }
   std::cout << seed - 1 << " worlds, " << met.encoded << " encoded blocks, of which " << met.differences
-            << " are differences\n";
+            << " are differences, " << met.redirected << " slots of fused blocks\n";
+  EXPECT_GT(met.redirected, 0);
   EXPECT_GT(met.differences, 0);
   EXPECT_GT(met.encoded, met.differences);
 }

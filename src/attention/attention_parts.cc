@@ -65,11 +65,11 @@ void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, Lay
   });
 }
 
-// Batch after batch, head after head: what a batch's visits share is then in a near cache, and is decoded once for all of
-// them.
+// Batch after batch, head after head: what a batch's visits share is then in a near cache, and is decoded once for all
+// of them.
 void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread) {
   Visit visits[kDecodedVisitsMax];
-  InPlace in_place[kDecodedVisitsMax];
+  HeadStep steps[kDecodedVisitsMax];
   const int batch_max = decodes_ ? kDecodedVisitsMax : kVisitsMax;
   LayerOrder& order = orders_[thread];
   OrderVisits(plan, part, order);
@@ -85,7 +85,7 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
   for (int first = 0, n = 0; first < end; first += n) {
     decoded.Clear();
     for (n = 0; n < batch_max && first + n < end && decoded.HasRoom(); ++n)
-      visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, in_place[n]);
+      visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, steps[n]);
     if (first + n < end) {
       for (int i = first + n; i < std::min(first + 2 * n, end); ++i)
         AskFor(plan.visits[meetings[i].visit], meetings[i].k, meetings[i].v, rope, ahead);
@@ -94,7 +94,7 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
     }
     ahead.set_fast(ahead.lines() > ptrdiff_t{kSlowLines} * n * shape_.n_kv_heads);
     for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
-      decoded.Decode(kv_head);
+      order.decoded_heads += decoded.Decode(kv_head);
       for (int at = 0; at < n; at += args.n) {
         args.visits = visits + at;
         args.n = std::min(kVisitsMax, n - at);
@@ -106,7 +106,10 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
             NextQueries(visits[i].sum, args.queries);
           }
         }
-        for (int i = at; i < at + args.n; ++i) NextHead(visits[i], in_place[i]);
+        for (int i = at; i < at + args.n; ++i) {
+          visits[i].k += steps[i].k;
+          visits[i].v += steps[i].v;
+        }
       }
     }
   }
@@ -122,35 +125,39 @@ void Attention::AskForPart(const WindowPlan& plan, ptrdiff_t index, const dense:
   }
 }
 
+int64_t Attention::decoded_heads() const {
+  int64_t sum = 0;
+  for (const LayerOrder& order : orders_) sum += order.decoded_heads;
+  return sum;
+}
+
 // A visit for the first queries of the first head; encoded blocks are decoded for each head before it runs.
 Visit Attention::FirstHead(const WindowPlan& plan, const Meeting& meeting, const dense::RopeTable& rope,
-                           DecodedBlocks& decoded, InPlace& in_place) {
+                           DecodedBlocks& decoded, HeadStep& step) {
   const PlannedVisit& planned = plan.visits[meeting.visit];
   const BlockRun& run = runs_[planned.span];
   Visit visit = VisitOf(run, planned.block, planned.row, planned.position, plan.window, 0, rope);
-  visit.k = HeadReader::InPlace(run, meeting.k);
-  visit.v = HeadReader::InPlace(run, meeting.v);
-  in_place = {visit.k != nullptr, visit.v != nullptr};
-  if (!in_place.k) visit.k = decoded.Add(run, codec::Kind::kK, meeting.k, visit.cap);
-  if (!in_place.v) visit.v = decoded.Add(run, codec::Kind::kV, meeting.v, visit.cap);
+  const auto head_bytes = static_cast<ptrdiff_t>(run.layout->head_bytes(visit.cap));
+  const auto where = [&](codec::Kind kind, BlockId block, ptrdiff_t& to_next) {
+    const std::byte* in_place = HeadReader::InPlace(run, block);
+    to_next = in_place != nullptr ? head_bytes : 0;
+    return in_place != nullptr ? in_place : decoded.Add(run, kind, block, visit.cap);
+  };
+  visit.k = where(codec::Kind::kK, meeting.k, step.k);
+  visit.v = where(codec::Kind::kV, meeting.v, step.v);
   visit.sum = PartialOf(planned.partial);
   visit.fresh = planned.first;
   return visit;
 }
 
 // What a later visit reads.
-void Attention::AskFor(const PlannedVisit& later, BlockId k, BlockId v, const dense::RopeTable& rope, Ahead& ahead) const {
+void Attention::AskFor(const PlannedVisit& later, BlockId k, BlockId v, const dense::RopeTable& rope,
+                       Ahead& ahead) const {
   const BlockRun& run = runs_[later.span];
   // Its cosines and sines, which follow one another.
   const float* rotation = rope.cos(later.position - run.blocks[later.block].base);
   for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
   for (const BlockId block : {k, v}) ahead.Push(run.cache->data(block), run.cache->block_bytes(block));
-}
-
-void Attention::NextHead(Visit& visit, const InPlace& in_place) const {
-  const codec::BlockLayout& layout = *runs_.front().layout;
-  if (in_place.k) visit.k += layout.head_bytes(visit.cap);
-  if (in_place.v) visit.v += layout.head_bytes(visit.cap);
 }
 
 }  // namespace jointkv::attention

@@ -1,6 +1,8 @@
 #include "attention/attention.h"
 
 #include <algorithm>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -185,6 +187,98 @@ TEST(AttentionTest, ManyReadersOfSharedBlocks) {
     EXPECT_EQ(results[0], results[1]);
     EXPECT_EQ(results[0], results[2]);
   }
+}
+
+// Sequences of the same paragraphs in different orders, decoding together. What they share differs from table to table,
+// as joint encoding leaves it: readers of one block in the first layer read several in a later one.
+class FusedReadersTest : public testing::Test {
+ protected:
+  static constexpr int kSequences = 9;
+
+  // Each prompt has six of five paragraphs, so some come twice.
+  void Prefill(World& world, int paragraph_tokens) {
+    std::vector<Tokens> paragraphs;
+    for (int i = 0; i < 5; ++i) {
+      paragraphs.push_back(RandomTokens(paragraph_tokens, 70 + i));
+      paragraphs.back().back() = 0;
+    }
+    for (int i = 0; i < kSequences; ++i) {
+      Tokens prompt = {static_cast<TokenId>(i + 1), 9, 0};
+      for (int j = 0; j < 6; ++j) {
+        const Tokens& paragraph = paragraphs[(i * 3 + j * (1 + i % 3)) % 5];
+        prompt.insert(prompt.end(), paragraph.begin(), paragraph.end());
+      }
+      ids_.push_back(world.Start());
+      world.Step({{ids_.back(), prompt}});
+    }
+  }
+
+  void DecodeOneEach(World& world, int step) {
+    std::vector<World::Piece> pieces;
+    for (const SequenceId id : ids_)
+      pieces.push_back({id, RandomTokens(1, static_cast<uint64_t>(id.value) * 8 + step)});
+    world.Step(pieces);
+  }
+
+  std::vector<SequenceId> ids_;
+};
+
+TEST_F(FusedReadersTest, AgreeWithTheReferenceOnAnyThreads) {
+  for (const std::optional<Codec> sealed : {std::optional<Codec>(), {Codec::kQ4}, {Codec::kQ8}}) {
+    for (const bool residuals : {false, true}) {
+      std::vector<World::Results> results;
+      for (const int threads : {1, 2, 3}) {
+        ids_.clear();
+        World world({.n_heads = 9,
+                     .n_kv_heads = 3,
+                     .window = {0, 0, 100, 0},
+                     .sealed = sealed,
+                     .residuals = residuals,
+                     .fused = true,
+                     .threads = threads,
+                     .judged = threads == 2,
+                     .tokens_max = 4000});
+        Prefill(world, 40);
+        for (int step = 0; step < 3; ++step) {
+          DecodeOneEach(world, step);
+          if (HasFatalFailure()) return;
+        }
+        EXPECT_GT(world.redirected(), 200);
+        results.push_back(world.results());
+      }
+      EXPECT_EQ(results[0], results[1]);
+      EXPECT_EQ(results[0], results[2]);
+    }
+  }
+}
+
+TEST_F(FusedReadersTest, EachBlockIsDecodedOnce) {
+  World world({.n_heads = 6,
+               .n_kv_heads = 2,
+               .window = {0, 0, 0},
+               .sealed = Codec::kQ4,
+               .fused = true,
+               .threads = 1,
+               .judged = false,
+               .tokens_max = 20000});
+  Prefill(world, 300);
+  int64_t encoded = 0;
+  for (int table = 0; table < world.cache().shape().n_tables(); ++table) {
+    std::set<int32_t> ids;
+    for (const SequenceId id : ids_) {
+      const BlockId* row = world.cache().table(id, table / 2, static_cast<kv::Kind>(table % 2));
+      for (size_t i = 0; i < world.cache().blocks(id).size(); ++i) {
+        if (world.cache().codec(row[i]) == Codec::kQ4) ids.insert(row[i].value);
+      }
+    }
+    encoded += static_cast<int64_t>(ids.size());
+  }
+  const int64_t before = world.attention().decoded_heads();
+  DecodeOneEach(world, 0);
+  // Where readers of more blocks come together than are kept decoded at once, or parts of the plan meet, one may be
+  // decoded twice.
+  EXPECT_GE(world.attention().decoded_heads() - before, 2 * encoded);
+  EXPECT_LE(world.attention().decoded_heads() - before, 2 * encoded * 11 / 10);
 }
 
 // Keys stored free of their position, and keys stored with it, against plain absolute RoPE: f32 throughout, to 1e-4.

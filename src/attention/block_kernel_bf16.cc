@@ -185,7 +185,8 @@ void WeightedSum(const Visit& visit, int head_dim, const float* correction, cons
     const __m512 shrink = _mm512_set1_ps(correction[g]);
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      sum[g][i] = visit.fresh ? _mm512_setzero_ps() : _mm512_mul_ps(shrink, _mm512_castsi512_ps(load(rows[g] + 16 * i)));
+      sum[g][i] =
+          visit.fresh ? _mm512_setzero_ps() : _mm512_mul_ps(shrink, _mm512_castsi512_ps(load(rows[g] + 16 * i)));
     }
   }
   const std::byte* v = visit.v + static_cast<ptrdiff_t>(channel) * 4;

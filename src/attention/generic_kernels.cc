@@ -206,9 +206,8 @@ void CombineImpl(const Partial& sum, const Partial& more, int queries, int head_
   float keep[kGroupMax];
   float add[kGroupMax];
   for (int g = 0; g < kGroupMax; g += static_cast<int>(hn::Lanes(d4))) {
-    const auto load = [&](const Partial& from, int row) HWY_ATTR {
-      return hn::LoadU(d4, from.stats + static_cast<ptrdiff_t>(row * kGroupMax) + g);
-    };
+    const auto load = [&](const Partial& from, int row)
+                          HWY_ATTR { return hn::LoadU(d4, from.stats + static_cast<ptrdiff_t>(row * kGroupMax) + g); };
     const auto largest = hn::Max(load(sum, 0), load(more, 0));
     const auto own = Exp2(d4, hn::Sub(load(sum, 0), largest));
     const auto others = Exp2(d4, hn::Sub(load(more, 0), largest));
@@ -287,7 +286,8 @@ void StoreTokenImpl(const TokenArgs& args) {
   float* pairs = args.scratch;
   auto* halves = reinterpret_cast<uint16_t*>(args.scratch + head_dim);
   const auto to_bf16 = [&](const float* in, uint16_t* out) {
-    ForVectors(head_dim, [&](auto v, int i) HWY_ATTR { dense::HWY_NAMESPACE::StoreBf16(v, hn::LoadU(v, in + i), out + i); });
+    ForVectors(head_dim,
+               [&](auto v, int i) HWY_ATTR { dense::HWY_NAMESPACE::StoreBf16(v, hn::LoadU(v, in + i), out + i); });
   };
   for (int head = 0; head < layout.n_kv_heads; ++head) {
     ToPairOrder(args.qkv + static_cast<ptrdiff_t>(args.n_heads + head) * head_dim, head_dim, args.neox, pairs);

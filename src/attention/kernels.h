@@ -57,7 +57,8 @@ struct Partial {
   }
 };
 
-// A visit: one query row (one position) of one KV head's group against one block, added to what the row has seen before.
+// A visit: one query row (one position) of one KV head's group against one block, added to what the row has seen
+// before.
 struct Visit {
   const std::byte* k = nullptr;  // this head's part of the block
   const std::byte* v = nullptr;
@@ -69,8 +70,8 @@ struct Visit {
   const float* cos = nullptr;  // (head_dim / 2) from the block's base to the row's position
   const float* sin = nullptr;
   const float* q = nullptr;  // (queries, 2, head_dim / 2)
-  Partial sum = {};    // in and out: of the row so far
-  bool fresh = false;  // it has seen nothing yet: `sum` is only written
+  Partial sum = {};          // in and out: of the row so far
+  bool fresh = false;        // it has seen nothing yet: `sum` is only written
 };
 
 struct VisitArgs {

@@ -9,9 +9,11 @@ namespace jointkv::attention {
 
 // Blocks lie anywhere in memory and are read too fast for the processor to guess what comes next. Lines are asked for a
 // few at a time, spread over what is computed meanwhile: a processor drops what it is asked for in a burst, once its
-// buffers for outstanding lines are full. They go into the second cache; the first one is too small to hold them so long.
+// buffers for outstanding lines are full. They go into the second cache; the first one is too small to hold them so
+// long.
 //
-// Threads: one. Owns: nothing, and never reads what it asks for. Fails how: what does not fit the queue is not asked for.
+// Threads: one. Owns: nothing, and never reads what it asks for. Fails how: what does not fit the queue is not asked
+// for.
 class Ahead {
  public:
   // bytes > 0. What was pushed a moment ago is not asked for again.

@@ -13,6 +13,7 @@
 #include <memory>
 #include <numbers>
 #include <optional>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -44,6 +45,8 @@ struct WorldShape {
   std::optional<codec::Codec> sealed = {};
   // Sealed blocks are kept as differences from an earlier one of their size in the same sequence, where there is one.
   bool residuals = false;
+  // Two of three sealed blocks refer to one of the same tokens that came before, in each table for itself.
+  bool fused = false;
   bool scaled = false;  // every block of every layer has factors for its keys and its values
   int threads = 2;
   bool judged = true;     // false: only the bits of the results matter
@@ -99,9 +102,12 @@ class World {
   double worst_error() const { return worst_error_; }
   int encoded() const { return encoded_; }          // blocks
   int differences() const { return differences_; }  // of those
+  int redirected() const { return redirected_; }    // table slots
+  const Attention& attention() const { return *attention_; }
 
   SequenceId Start(DomainId domain = DomainId(0)) {
-    const SequenceId id = cache_->Create(domain, shape_.tokens_max);
+    const SequenceId id = cache_->Create(domain, shape_.tokens_max,
+                                         shape_.fused ? kv::KvCache::Sharing::kLossy : kv::KvCache::Sharing::kExact);
     domains_[id] = domain;
     return id;
   }
@@ -128,7 +134,11 @@ class World {
       RunLayer(spans, rows, layer);
       if (testing::Test::HasFatalFailure()) return;
     }
-    for (const Piece& piece : pieces) Encode(piece.sequence, cache_->Commit(piece.sequence));
+    for (const Piece& piece : pieces) {
+      const kv::SealedRange sealed = cache_->Commit(piece.sequence);
+      Encode(piece.sequence, sealed);
+      if (shape_.fused) Redirect(piece.sequence, sealed);
+    }
     SetScales(spans);  // sealed blocks may have become others' since
   }
 
@@ -182,6 +192,35 @@ class World {
                            encoded.data());
         ASSERT_TRUE(cache_->Encode(sequence, table, index, *shape_.sealed, encoded.data()).valid());
         ++encoded_;
+      }
+    }
+  }
+
+  // As joint encoding would, but whatever the blocks hold. The first keys of equal tokens are alike wherever they
+  // stand.
+  void Redirect(SequenceId sequence, kv::SealedRange sealed) {
+    std::vector<BlockId> released;
+    cache_->TakeReleased(released);
+    for (const BlockId id : released) {
+      for (auto& [key, ids] : representatives_) std::erase(ids, id);
+    }
+    for (int table = 0; table < cache_->shape().n_tables(); ++table) {
+      for (int index = sealed.first; index < sealed.last; ++index) {
+        if (!cache_->Redirectable(sequence, table, index)) continue;
+        const kv::LogicalBlock& block = cache_->blocks(sequence)[index];
+        const auto tokens = cache_->tokens(sequence).subspan(block.start, block.tokens);
+        std::vector<BlockId>& ids =
+            representatives_[{table, domains_[sequence].value, block.cap, Tokens(tokens.begin(), tokens.end())}];
+        const uint64_t choice = kv::MixContent(ids.size() + static_cast<uint64_t>(cache_->serial(sequence)), table);
+        const BlockId own = cache_->table(sequence, table / 2, static_cast<kv::Kind>(table % 2))[index];
+        if (cache_->base(own).valid() || std::ranges::find(ids, own) != ids.end()) continue;
+        if (ids.empty() || (table > 0 && choice % 3 == 0)) {
+          cache_->Watch(own);
+          ids.push_back(own);
+        } else {
+          cache_->Redirect(sequence, table, index, ids[choice / 3 % ids.size()]);
+          ++redirected_;
+        }
       }
     }
   }
@@ -261,8 +300,8 @@ class World {
     }
   }
 
-  // K and V of positions [first, end), times their scales. In f32 from the activations; in other codecs what the store
-  // holds of them, which must be the activations rounded.
+  // K and V of positions [first, end), times their scales. In f32 from the activations, unless blocks are fused; else
+  // what the store holds of them, which must be the activations rounded.
   std::vector<Token> LoadTokens(const RowSpan& span, const std::vector<uint64_t>& histories, int layer, int first,
                                 int end) {
     const int head_dim = shape_.head_dim;
@@ -285,7 +324,7 @@ class World {
         token.v.assign(qkv.end() - heads_.d_kv(), qkv.end());
         const double unit = shape_.codec == codec::Codec::kBf16 ? dense::kBf16Unit : 0x1p-11;
         for (const kv::Kind kind : {kv::Kind::kK, kv::Kind::kV}) {
-          if (shape_.codec == codec::Codec::kF32) break;
+          if (shape_.codec == codec::Codec::kF32 && !shape_.fused) break;
           const BlockId id = cache_->table(span.sequence, layer, kind)[index];
           std::vector<std::byte>& bytes = decoded[static_cast<size_t>(kind)];
           if (position == std::max(first, block.start)) {
@@ -308,7 +347,10 @@ class World {
             const double size =
                 kind == kv::Kind::kK ? std::abs(values[i]) + std::abs(values[other]) : std::abs(values[i]);
             // f16 halves its relative precision below 2^-14 and so on; 2^-24 is its least step.
-            if (!encoded) ExpectStored(stored_[i], values[i], size * (unit + 8 * dense::kF32Unit) * 1.5 + 0x1p-24);
+            const bool redirected = shape_.fused && cache_->state(span.sequence, kv::TableIndex(layer, kind),
+                                                                  static_cast<int>(index)) == kv::SlotState::kFused;
+            if (!encoded && !redirected)
+              ExpectStored(stored_[i], values[i], size * (unit + 8 * dense::kF32Unit) * 1.5 + 0x1p-24);
             if (testing::Test::HasFatalFailure()) return tokens;
           }
           values.assign(stored_.begin(), stored_.begin() + heads_.d_kv());
@@ -489,6 +531,8 @@ class World {
   Results results_;
   int encoded_ = 0;
   int differences_ = 0;
+  int redirected_ = 0;
+  std::map<std::tuple<int, int32_t, int, Tokens>, std::vector<BlockId>> representatives_;  // by table, domain, content
   struct QueryEnergy {
     std::vector<double> sums;  // (n_kv_heads, head_dim / 2)
     int rows = 0;
