@@ -317,7 +317,7 @@ void Attention::Run(ThreadPool& pool, const kv::KvCache& cache, int layer, const
     if (task < tiles) {
       RunTile(plan, plan.tiles[task / heads], task % heads, rope, rope_magnitude, out, thread);
     } else if (task < tiles + parts) {
-      RunPart(plan, plan.parts[task - tiles], rope, thread);
+      RunPart(plan, task - tiles, rope, thread);
     } else {
       const int unit = task - tiles - parts;
       RunRow(plan, plan.rows[unit / heads], unit % heads, rope, out, thread);
@@ -382,8 +382,8 @@ void Attention::RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head,
   args.layout = runs_.front().layout;
   args.visits = visits;
   args.scratch = scratch;
-  Ahead nothing;
-  args.ahead = &nothing;
+  args.ahead = &orders_[thread].ahead;
+  args.ahead->Clear();
   HeadReader reader(ReaderScratch(thread));
   for (int g = 0; g < shape_.group(); g += kGroupMax) {
     const int head = kv_head * shape_.group() + g;
@@ -417,29 +417,21 @@ void Attention::Write(const Partial& sum, int queries, int row, int head, const 
   }
 }
 
-Partial Attention::PartialOf(int index) {
+Partial Attention::PartialOf(int index, int kv_head, int query) {
   float* sums = partials_.data() + index * partial_floats();
-  return {sums, sums + shape_.d_q()};
-}
-
-void Attention::NextQueries(Partial& sum, int queries) const {
-  sum.sums += static_cast<ptrdiff_t>(queries) * shape_.head_dim;
-  sum.stats += 2 * kGroupMax;
+  const ptrdiff_t head = ptrdiff_t{kv_head} * shape_.group() + query;
+  const ptrdiff_t group = ptrdiff_t{kv_head} * CeilDiv(shape_.group(), kGroupMax) + query / kGroupMax;
+  return {sums + head * shape_.head_dim, sums + shape_.d_q() + 2 * kGroupMax * group};
 }
 
 // Partials of one row, added to the first in their order (as in flash decoding).
 void Attention::MergeRow(const Merge& merge, int kv_head, const dense::Activations& out) {
-  const int groups = CeilDiv(shape_.group(), kGroupMax);
-  const auto part = [&](int i, int g) {
-    Partial sum = PartialOf(merge.first_partial + i);
-    sum.sums += static_cast<ptrdiff_t>(kv_head * shape_.group() + g) * shape_.head_dim;
-    sum.stats += ptrdiff_t{2 * kGroupMax} * (kv_head * groups + g / kGroupMax);
-    return sum;
-  };
   for (int g = 0; g < shape_.group(); g += kGroupMax) {
     const int queries = std::min(kGroupMax, shape_.group() - g);
-    for (int i = 1; i < merge.partials; ++i) Combine(part(0, g), part(i, g), queries, shape_.head_dim);
-    Write(part(0, g), queries, merge.row, kv_head * shape_.group() + g, out);
+    const Partial all = PartialOf(merge.first_partial, kv_head, g);
+    for (int i = 1; i < merge.partials; ++i)
+      Combine(all, PartialOf(merge.first_partial + i, kv_head, g), queries, shape_.head_dim);
+    Write(all, queries, merge.row, kv_head * shape_.group() + g, out);
   }
 }
 

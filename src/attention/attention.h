@@ -160,7 +160,7 @@ class Attention {
     BlockId v;
     uint64_t rank = 0;  // among those that one block of the plan's first layer brings together
   };
-  struct LayerOrder {
+  struct alignas(64) LayerOrder {
     std::vector<Meeting> meetings;
     std::vector<BlockId> seen_k;
     std::vector<BlockId> seen_v;
@@ -168,9 +168,11 @@ class Attention {
     int64_t decoded_heads = 0;
 
     void Reserve(size_t n) {
-      meetings.reserve(n);
-      seen_k.reserve(n);
-      seen_v.reserve(n);
+      if (n <= meetings.capacity()) return;
+      meetings.clear();
+      meetings.reserve(2 * n);
+      seen_k.reserve(2 * n);
+      seen_v.reserve(2 * n);
     }
   };
   void OrderVisits(const WindowPlan& plan, const Part& part, LayerOrder& order) const;
@@ -178,13 +180,14 @@ class Attention {
   Visit FirstHead(const WindowPlan& plan, const Meeting& meeting, const dense::RopeTable& rope, DecodedBlocks& decoded,
                   HeadStep& step);
   void AskFor(const PlannedVisit& later, BlockId k, BlockId v, const dense::RopeTable& rope, Ahead& ahead) const;
-  void AskForPart(const WindowPlan& plan, ptrdiff_t index, const dense::RopeTable& rope, Ahead& ahead) const;
+  void AskForPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, Ahead& ahead) const;
   std::byte* ReaderScratch(int thread) {
     return scratch_.data() + thread * thread_scratch_bytes_ + kernel_scratch_bytes_;
   }
-  Partial PartialOf(int index);
-  void NextQueries(Partial& sum, int queries) const;
-  void RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread);
+  // The queries of a KV head from `query` of its group on.
+  Partial PartialOf(int index, int kv_head, int query = 0);
+  int BatchVisits(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const;
+  void RunPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);
   void RunTile(const WindowPlan& plan, const TileUnit& unit, int kv_head, const dense::RopeTable& rope,
@@ -224,7 +227,7 @@ class Attention {
   // What every visit touches, on huge pages: small ones may happen to share sets of a cache, for the whole of a run.
   HugeArena memory_;
   std::span<float> q_;            // (max_rows, n_heads, 2, head_dim / 2)
-  std::span<float> partials_;     // (partials, n_heads, head_dim + 2): sums, max, total
+  std::span<float> partials_;     // (partials, partial_floats())
   std::span<std::byte> scratch_;  // (threads, thread_scratch_bytes_): a kernel's, then what decodes blocks
 };
 

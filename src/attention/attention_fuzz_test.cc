@@ -43,6 +43,7 @@ WorldShape RandomShape(std::mt19937_64& random) {
   }
   shape.residuals = shape.codec == codec::Codec::kBf16 && !shape.scaled && random() % 2 == 0;
   shape.fused = !shape.scaled && random() % 3 == 0;
+  shape.fused_apart = random() % 2 == 0;
   shape.threads = pick({1, 2, 3});
   shape.sharpness = random() % 5 == 0 ? 4.0f : 1.0f;
   shape.out = random() % 3 == 0 ? dense::Precision::kBf16 : dense::Precision::kF32;

@@ -9,9 +9,8 @@ namespace jointkv::attention {
 namespace {
 
 constexpr int kDecodedVisitsMax = 64;  // of a batch, where blocks may be encoded
-
-// Of each visit of a head, where a kernel asks for one at a time.
-constexpr int kSlowLines = 40;
+// That a batch reads: what the next one reads comes into the second cache meanwhile.
+constexpr size_t kBatchBytes = 256 << 10;
 
 int RankOf(BlockId block, std::vector<BlockId>& seen) {
   int rank = static_cast<int>(seen.size()) - 1;
@@ -65,34 +64,55 @@ void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, Lay
   });
 }
 
+// Visits from `first` on that are worth a batch. What lies in place is read a few visits at a time.
+int Attention::BatchVisits(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const {
+  const int left = static_cast<int>(meetings.size()) - first;
+  if (!decodes_ || left <= kVisitsMax) return std::min(left, kVisitsMax);
+  const kv::KvCache& cache = *runs_[plan.visits[meetings[first].visit].span].cache;
+  const int most = std::min(left, kDecodedVisitsMax);
+  size_t bytes = 0;
+  for (int i = 0; i < most; ++i) {
+    const Meeting& meeting = meetings[first + i];
+    const Meeting* before = i > 0 ? &meetings[first + i - 1] : nullptr;
+    if (before == nullptr || meeting.k != before->k) bytes += cache.block_bytes(meeting.k);
+    if (before == nullptr || meeting.v != before->v) bytes += cache.block_bytes(meeting.v);
+    if (bytes > kBatchBytes && i >= kVisitsMax) return i;
+  }
+  return most;
+}
+
 // Batch after batch, head after head: what a batch's visits share is then in a near cache, and is decoded once for all
 // of them.
-void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::RopeTable& rope, int thread) {
+void Attention::RunPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, int thread) {
   Visit visits[kDecodedVisitsMax];
   HeadStep steps[kDecodedVisitsMax];
-  const int batch_max = decodes_ ? kDecodedVisitsMax : kVisitsMax;
   LayerOrder& order = orders_[thread];
-  OrderVisits(plan, part, order);
+  OrderVisits(plan, plan.parts[index], order);
   const std::vector<Meeting>& meetings = order.meetings;
   const int end = static_cast<int>(meetings.size());
+  const bool asks = attend_ != AttendGeneric;
+  // One for each pair of channels, and some for tokens.
+  const ptrdiff_t steps_of_visit =
+      ptrdiff_t{shape_.n_kv_heads} * CeilDiv(shape_.group(), kGroupMax) * (shape_.head_dim / 2 + 8);
+  Ahead& ahead = order.ahead;
+  ahead.Clear();
   VisitArgs args;
   args.layout = runs_.front().layout;
   args.scratch = reinterpret_cast<float*>(scratch_.data() + thread * thread_scratch_bytes_);
-  DecodedBlocks decoded(shape_.head_dim, ReaderScratch(thread));
-  Ahead& ahead = order.ahead;
-  ahead.Clear();
   args.ahead = &ahead;
+  DecodedBlocks decoded(shape_.head_dim, ReaderScratch(thread));
   for (int first = 0, n = 0; first < end; first += n) {
     decoded.Clear();
-    for (n = 0; n < batch_max && first + n < end && decoded.HasRoom(); ++n)
+    const int most = BatchVisits(plan, meetings, first);
+    for (n = 0; n < most && decoded.HasRoom(); ++n)
       visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, steps[n]);
-    if (first + n < end) {
+    if (asks && first + n < end) {
       for (int i = first + n; i < std::min(first + 2 * n, end); ++i)
         AskFor(plan.visits[meetings[i].visit], meetings[i].k, meetings[i].v, rope, ahead);
-    } else {
-      AskForPart(plan, &part - plan.parts.data() + static_cast<ptrdiff_t>(orders_.size()), rope, ahead);
+    } else if (asks) {
+      AskForPart(plan, index + static_cast<int>(orders_.size()), rope, ahead);
     }
-    ahead.set_fast(ahead.lines() > ptrdiff_t{kSlowLines} * n * shape_.n_kv_heads);
+    ahead.set_fast(ahead.lines() > steps_of_visit * n);
     for (int kv_head = 0; kv_head < shape_.n_kv_heads; ++kv_head) {
       order.decoded_heads += decoded.Decode(kv_head);
       for (int at = 0; at < n; at += args.n) {
@@ -103,7 +123,8 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
           attend_(args);
           for (int i = at; i < at + args.n; ++i) {
             visits[i].q += static_cast<ptrdiff_t>(args.queries) * shape_.head_dim;
-            NextQueries(visits[i].sum, args.queries);
+            visits[i].sum.sums += static_cast<ptrdiff_t>(args.queries) * shape_.head_dim;
+            visits[i].sum.stats += 2 * kGroupMax;
           }
         }
         for (int i = at; i < at + args.n; ++i) {
@@ -116,10 +137,11 @@ void Attention::RunPart(const WindowPlan& plan, const Part& part, const dense::R
 }
 
 // The first of a part that this thread may well come to next.
-void Attention::AskForPart(const WindowPlan& plan, ptrdiff_t index, const dense::RopeTable& rope, Ahead& ahead) const {
-  if (index >= static_cast<ptrdiff_t>(plan.parts.size())) return;
+void Attention::AskForPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, Ahead& ahead) const {
+  if (index >= static_cast<int>(plan.parts.size())) return;
   const Part& part = plan.parts[index];
-  for (int i = part.first; i < std::min(part.first + kVisitsMax, part.last); ++i) {
+  const int last = std::min(part.first + (decodes_ ? 2 * kVisitsMax : kVisitsMax), part.last);
+  for (int i = part.first; i < last; ++i) {
     const PlannedVisit& later = plan.visits[i];
     AskFor(later, runs_[later.span].k[later.block], runs_[later.span].v[later.block], rope, ahead);
   }
@@ -145,7 +167,7 @@ Visit Attention::FirstHead(const WindowPlan& plan, const Meeting& meeting, const
   };
   visit.k = where(codec::Kind::kK, meeting.k, step.k);
   visit.v = where(codec::Kind::kV, meeting.v, step.v);
-  visit.sum = PartialOf(planned.partial);
+  visit.sum = PartialOf(planned.partial, 0);
   visit.fresh = planned.first;
   return visit;
 }
@@ -156,8 +178,12 @@ void Attention::AskFor(const PlannedVisit& later, BlockId k, BlockId v, const de
   const BlockRun& run = runs_[later.span];
   // Its cosines and sines, which follow one another.
   const float* rotation = rope.cos(later.position - run.blocks[later.block].base);
-  for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at);
-  for (const BlockId block : {k, v}) ahead.Push(run.cache->data(block), run.cache->block_bytes(block));
+  for (int at = 0; at < shape_.head_dim; at += 16) __builtin_prefetch(rotation + at, 0, 2);
+  for (const BlockId block : {k, v}) {
+    if (const BlockId base = run.cache->base(block); base.valid())
+      ahead.Push(run.cache->data(base), run.cache->block_bytes(base));
+    ahead.Push(run.cache->data(block), run.cache->block_bytes(block));
+  }
 }
 
 }  // namespace jointkv::attention

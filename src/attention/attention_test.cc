@@ -235,6 +235,7 @@ TEST_F(FusedReadersTest, AgreeWithTheReferenceOnAnyThreads) {
                      .sealed = sealed,
                      .residuals = residuals,
                      .fused = true,
+                     .fused_apart = residuals,
                      .threads = threads,
                      .judged = threads == 2,
                      .tokens_max = 4000});

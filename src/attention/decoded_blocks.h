@@ -14,15 +14,17 @@ namespace jointkv::attention {
 
 class DecodedBlocks {
  public:
+  // As much as leaves the second cache room for other things, but enough for a call of the kernel, where each block may
+  // be a difference from another encoded one.
   static size_t ScratchBytes(int head_dim) {
-    return RoomBytes(head_dim) + RoundUp<size_t>(HeadReader::PlaceBytes(head_dim), kAlignment);
+    const size_t least = 4 * kVisitsMax * RoundUp<size_t>(HeadReader::PlaceBytes(head_dim), kAlignment);
+    return std::max<size_t>(128 << 10, least);
   }
 
   // scratch: ScratchBytes(head_dim), 64-byte aligned.
   DecodedBlocks(int head_dim, std::byte* scratch)
-      : place_bytes_(HeadReader::PlaceBytes(head_dim)),
-        room_bytes_(RoomBytes(head_dim)),
-        spare_(scratch + RoomBytes(head_dim)),
+      : place_bytes_(RoundUp<size_t>(HeadReader::PlaceBytes(head_dim), kAlignment)),
+        scratch_bytes_(ScratchBytes(head_dim)),
         scratch_(scratch) {}
 
   void Clear() {
@@ -32,29 +34,39 @@ class DecodedBlocks {
 
   // Whether Add may be called for one more block of each kind.
   bool HasRoom() const {
-    return std::max(kinds_[0].n, kinds_[1].n) < kBlocksMax && used_ + 2 * place_bytes_ <= room_bytes_;
+    return std::max(kinds_[0].n, kinds_[1].n) + 2 <= kBlocksMax && used_ + 4 * place_bytes_ <= scratch_bytes_;
   }
 
   // Where Decode puts the head of an encoded block, until Clear. `run` must stay.
-  const std::byte* Add(const BlockRun& run, codec::Kind kind, BlockId block, int cap) {
+  const std::byte* Add(const BlockRun& run, codec::Kind kind, BlockId id, int cap) {
     OfKind& blocks = kinds_[static_cast<size_t>(kind)];
-    int i = blocks.n - 1;  // that of the visit before, as a rule
-    while (i >= 0 && blocks.all[i].id != block) --i;
-    if (i < 0) {
-      i = blocks.n++;
-      blocks.all[i] = {block, &run, cap, scratch_ + used_};
-      // One behind the other: places of a whole block each would all share the same part of a cache.
-      used_ += RoundUp<size_t>(run.layout->head_bytes(cap), kAlignment);
+    // That of the visit before, as a rule.
+    for (int i = blocks.n - 1; i >= 0; --i) {
+      if (blocks.all[i].id == id) return blocks.all[i].at;
     }
-    return blocks.all[i].at;
+    Block block = {id, &run, cap};
+    // What it is a difference from comes before it.
+    if (const BlockId base = run.cache->base(id); base.valid()) {
+      block.base_in_place = HeadReader::InPlace(run, base);
+      if (block.base_in_place == nullptr) block.base_at = Add(run, kind, base, cap);
+    }
+    block.at = scratch_ + used_;
+    // One behind the other: places of a whole block each would all share the same part of a cache.
+    used_ += RoundUp<size_t>(run.layout->head_bytes(cap), kAlignment);
+    blocks.all[blocks.n++] = block;
+    return block.at;
   }
 
   // Returns how many.
   int Decode(int kv_head) {
     for (const codec::Kind kind : {codec::Kind::kK, codec::Kind::kV}) {
       const OfKind& blocks = kinds_[static_cast<size_t>(kind)];
-      for (const Block& block : std::span(blocks.all).first(blocks.n))
-        HeadReader::Decode(*block.run, kind, block.id, block.cap, kv_head, block.at, spare_);
+      for (const Block& block : std::span(blocks.all).first(blocks.n)) {
+        const std::byte* base = block.base_at;
+        if (block.base_in_place != nullptr)
+          base = block.base_in_place + block.run->layout->head_offset(kv_head, block.cap);
+        HeadReader::Decode(*block.run, kind, block.id, block.cap, kv_head, base, block.at);
+      }
     }
     return kinds_[0].n + kinds_[1].n;
   }
@@ -62,16 +74,14 @@ class DecodedBlocks {
  private:
   static constexpr size_t kAlignment = 64;
   static constexpr int kBlocksMax = 32;  // of each kind
-
-  // As much as leaves the second cache room for other things, but enough for a call of the kernel.
-  static size_t RoomBytes(int head_dim) {
-    return RoundUp<size_t>(std::max<size_t>(128 << 10, 2 * kVisitsMax * HeadReader::PlaceBytes(head_dim)), kAlignment);
-  }
+  static_assert(kBlocksMax >= 2 * kVisitsMax);
 
   struct Block {
     BlockId id;
     const BlockRun* run = nullptr;
     int cap = 0;
+    const std::byte* base_in_place = nullptr;  // of a difference: the first head of its base,
+    const std::byte* base_at = nullptr;        // or where that is decoded
     std::byte* at = nullptr;
   };
   struct OfKind {
@@ -79,11 +89,10 @@ class DecodedBlocks {
     std::array<Block, kBlocksMax> all;
   };
 
-  size_t place_bytes_;
-  size_t room_bytes_;
+  size_t place_bytes_;  // of a whole block
+  size_t scratch_bytes_;
   size_t used_ = 0;
-  std::byte* spare_;    // for what differences are from
-  std::byte* scratch_;  // room_bytes_
+  std::byte* scratch_;
   std::array<OfKind, 2> kinds_;
 };
 

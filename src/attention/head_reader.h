@@ -35,17 +35,14 @@ class HeadReader {
     return run.cache->codec(block) == run.layout->codec ? run.cache->data(block) : nullptr;
   }
 
-  // A head of an encoded block into `out`; what it is a difference from passes through `spare`. PlaceBytes each.
-  static void Decode(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head, std::byte* out,
-                     std::byte* spare) {
-    const BlockId base = run.cache->base(block);
-    if (!base.valid()) {
-      Alone(run, kind, block, cap, kv_head, out);
-      return;
-    }
-    const std::byte* from = Alone(run, kind, base, cap, kv_head, spare);
-    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, {from, cap},
-                      out);
+  // A head of an encoded block into `out`, PlaceBytes. base: the same head of what it is a difference from, as kernels
+  // read it; null: it stands alone.
+  static void Decode(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head, const std::byte* base,
+                     std::byte* out) {
+    codec::Reference reference = {base, cap};
+    if (base == nullptr)
+      reference = kind == codec::Kind::kK ? run.key_reference.OfHead(*run.layout, kv_head) : codec::Reference();
+    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, reference, out);
   }
 
   const std::byte* Keys(const BlockRun& run, int index, int kv_head) {
@@ -71,20 +68,20 @@ class HeadReader {
     std::byte* places = scratch_ + static_cast<size_t>(kind) * kPlaces * place_bytes;
     if (last.block != block || last.kv_head != kv_head) {
       last = {block, kv_head, (last.place + 1) % kInFlight};
-      Decode(run, kind, block, cap, kv_head, places + last.place * place_bytes, places + kInFlight * place_bytes);
+      const std::byte* from = nullptr;
+      if (const BlockId base = run.cache->base(block); base.valid()) {
+        std::byte* spare = places + kInFlight * place_bytes;
+        from = InPlace(run, base);
+        if (from != nullptr) {
+          from += run.layout->head_offset(kv_head, cap);
+        } else {
+          Decode(run, kind, base, cap, kv_head, nullptr, spare);
+          from = spare;
+        }
+      }
+      Decode(run, kind, block, cap, kv_head, from, places + last.place * place_bytes);
     }
     return places + last.place * place_bytes;
-  }
-
-  // A block that is no difference: where it lies, or decoded into `place`.
-  static const std::byte* Alone(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head,
-                                std::byte* place) {
-    if (const std::byte* data = InPlace(run, block)) return data + run.layout->head_offset(kv_head, cap);
-    const codec::Reference reference =
-        kind == codec::Kind::kK ? run.key_reference.OfHead(*run.layout, kv_head) : codec::Reference();
-    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, reference,
-                      place);
-    return place;
   }
 
   std::byte* scratch_;          // (kinds, kPlaces, one head of a whole block)

@@ -46,7 +46,8 @@ inline constexpr int kVisitsMax = 8;  // that a block kernel handles at once
 // What some queries of a row have seen so far, not yet divided (online softmax, Milakov and Gimelshein 2018).
 struct Partial {
   float* sums = nullptr;  // (queries, head_dim) weighted sums of V
-  // (2, kGroupMax), lanes beyond `queries` unused: the largest score, base 2, and the sum of 2^(score - largest).
+  // (2, kGroupMax): the largest score, base 2, and the sum of 2^(score - largest). Lanes beyond `queries` are set and
+  // mean nothing.
   float* stats = nullptr;
 
   // Sets what has seen nothing.
@@ -80,7 +81,7 @@ struct VisitArgs {
   int n = 0;                 // <= kVisitsMax, in the order in which they are added up
   int queries = 0;           // <= kGroupMax
   float* scratch = nullptr;  // VisitScratchFloats(head_dim), 64-byte aligned
-  Ahead* ahead = nullptr;    // what to ask memory for meanwhile
+  Ahead* ahead = nullptr;    // what AttendBf16 and AttendAvx2 ask memory for meanwhile
 };
 
 inline constexpr int kAvx2HeadDimMax = 256;  // of AttendAvx2

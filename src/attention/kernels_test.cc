@@ -167,6 +167,56 @@ TEST(KernelsTest, BlockKernelsAgreeOnBf16Blocks) {
 
 // Rows of several sequences that share blocks: visits of the same block come one after the other, some of the same row,
 // and see less or more of it. How many make a call is no matter.
+// Lines that steps would ask for, one by one.
+std::vector<ptrdiff_t> Lines(Ahead& ahead, const std::byte* from) {
+  std::vector<ptrdiff_t> lines;
+  for (Ahead::Range range = ahead.Take(); range.at != nullptr; range = ahead.Take()) {
+    lines.push_back((range.at - from) / 64);
+    range.Step();
+    ahead.Return(range);
+  }
+  return lines;
+}
+
+TEST(ReadAheadTest, AsksForEachLineOnceInOrder) {
+  alignas(64) static std::byte memory[1 << 16];
+  Ahead ahead;
+  EXPECT_EQ(ahead.lines(), 0);
+  ahead.Push(memory + 640 + 60, 8);  // two lines
+  ahead.Push(memory, 64);
+  ahead.Push(memory + 640 + 60, 8);  // known
+  ahead.Push(memory + 64, 65);
+  EXPECT_EQ(ahead.lines(), 5);
+  EXPECT_EQ(Lines(ahead, memory), (std::vector<ptrdiff_t>{10, 11, 0, 1, 2}));
+  EXPECT_EQ(ahead.lines(), 0);
+  ahead.Push(memory + 128, 256);
+  ahead.set_fast(true);
+  EXPECT_EQ(Lines(ahead, memory), (std::vector<ptrdiff_t>{2, 4}));
+}
+
+TEST(ReadAheadTest, ForgetsAndFillsAndGoesRound) {
+  alignas(64) static std::byte memory[1 << 16];
+  Ahead ahead;
+  for (int round = 0; round < 5; ++round) {
+    for (int i = 0; i < 1000; ++i) ahead.Push(memory + ptrdiff_t{64} * i, 64);
+    const ptrdiff_t full = ahead.lines();
+    EXPECT_GT(full, 2 * kVisitsMax);
+    EXPECT_LT(full, 1000);
+    if (round % 2 == 0) {
+      ahead.Clear();
+      EXPECT_EQ(ahead.lines(), 0);
+      EXPECT_EQ(ahead.Take().at, nullptr);
+      ahead.Push(memory, 64);  // it was forgotten, not asked for
+      EXPECT_EQ(ahead.lines(), 1);
+      ahead.Clear();
+      continue;
+    }
+    const std::vector<ptrdiff_t> lines = Lines(ahead, memory);
+    ASSERT_EQ(static_cast<ptrdiff_t>(lines.size()), full);
+    for (ptrdiff_t i = 0; i < full; ++i) EXPECT_EQ(lines[i], i);
+  }
+}
+
 TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
   constexpr int kRows = 5;
   for (const int head_dim : {16, 64, 80}) {
@@ -177,13 +227,12 @@ TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
       const std::vector<float> q = RandomQueries(kRows * queries, head_dim);
       const size_t row_floats = static_cast<size_t>(queries) * head_dim;
       const auto run = [&](void (*kernel)(const VisitArgs&), int at_once) {
-        std::vector<float> sums(kRows * row_floats);
-        std::vector<float> stats(static_cast<size_t>(2) * kGroupMax * kRows);
+        std::vector<float> sums(kRows * row_floats, NAN);
+        std::vector<float> stats(static_cast<size_t>(2) * kGroupMax * kRows, NAN);
         std::vector<Visit> visits;
         Ahead ahead;
         ahead.set_fast(at_once > 1);
         std::vector<std::vector<std::byte>> copies;  // values elsewhere, while keys are the same
-        for (int row = 0; row < kRows; ++row) std::fill_n(stats.begin() + 2 * kGroupMax * row, kGroupMax, kUnseen);
         for (int block = 0; block < 8; ++block) {
           for (int row = 0; row < kRows; ++row) {
             const std::vector<Visit> all =
@@ -199,7 +248,10 @@ TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
             ahead.Push(visit.v, blocks.layout().head_bytes(visit.cap));
             if (row == 2 && visit.end > 2) visit.end -= 2;
             if (row == 3 && visit.end > 3) visit.begin += 3;
-            visits.insert(visits.end(), row == 4 ? 2 : 1, visit);
+            visit.fresh = block == 0;
+            visits.push_back(visit);
+            visit.fresh = false;
+            if (row == 4) visits.push_back(visit);
           }
         }
         std::vector<float> buffer(VisitScratchFloats(head_dim) + 16, NAN);

@@ -38,7 +38,9 @@ class Ahead {
   }
 
   // Forgets what has not been asked for.
-  void Clear() { first_ = last_; }
+  void Clear() {
+    for (; first_ != last_; ++first_) ranges_[first_ % kRanges] = {};
+  }
 
   // Whether a step asks for two lines, or for one.
   void set_fast(bool fast) { step_ = fast ? 2 * kLine : kLine; }
@@ -51,7 +53,7 @@ class Ahead {
     __attribute__((always_inline)) void Step() {
       if (at >= end) return;
       __builtin_prefetch(at, 0, 2);
-      if (step > kLine) __builtin_prefetch(at + kLine, 0, 2);
+      if (step > kLine && at + kLine < end) __builtin_prefetch(at + kLine, 0, 2);
       at += step;
     }
   };

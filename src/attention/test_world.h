@@ -47,7 +47,8 @@ struct WorldShape {
   bool residuals = false;
   // Two of three sealed blocks refer to one of the same tokens that came before, in each table for itself.
   bool fused = false;
-  bool scaled = false;  // every block of every layer has factors for its keys and its values
+  bool fused_apart = false;  // the first layer's keys are not all alike either
+  bool scaled = false;       // every block of every layer has factors for its keys and its values
   int threads = 2;
   bool judged = true;     // false: only the bits of the results matter
   float sharpness = 1;    // multiplies activations; large: one token takes all weight
@@ -214,7 +215,7 @@ class World {
         const uint64_t choice = kv::MixContent(ids.size() + static_cast<uint64_t>(cache_->serial(sequence)), table);
         const BlockId own = cache_->table(sequence, table / 2, static_cast<kv::Kind>(table % 2))[index];
         if (cache_->base(own).valid() || std::ranges::find(ids, own) != ids.end()) continue;
-        if (ids.empty() || (table > 0 && choice % 3 == 0)) {
+        if (ids.empty() || ((table > 0 || shape_.fused_apart) && choice % 3 == 0)) {
           cache_->Watch(own);
           ids.push_back(own);
         } else {
