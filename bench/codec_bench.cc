@@ -61,7 +61,7 @@ void Decode(benchmark::State& state) {
   size_t at = 0;
   for (auto _ : state) {
     codec::DecodeHead(blocks.plain, blocks.kind, blocks.to, blocks.quantised.data() + at * blocks.block_bytes, 0, kCap,
-                      {blocks.mean.data()}, blocks.decoded.data());
+                      kCap, {blocks.mean.data()}, blocks.decoded.data());
     benchmark::ClobberMemory();
     at = at + 1 == blocks.n ? 0 : at + 1;
   }

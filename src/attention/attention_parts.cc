@@ -163,7 +163,7 @@ Visit Attention::FirstHead(const WindowPlan& plan, const Meeting& meeting, const
   const auto where = [&](codec::Kind kind, BlockId block, ptrdiff_t& to_next) {
     const std::byte* in_place = HeadReader::InPlace(run, block);
     to_next = in_place != nullptr ? head_bytes : 0;
-    return in_place != nullptr ? in_place : decoded.Add(run, kind, block, visit.cap);
+    return in_place != nullptr ? in_place : decoded.Add(run, kind, block, run.blocks[planned.block]);
   };
   visit.k = where(codec::Kind::kK, meeting.k, step.k);
   visit.v = where(codec::Kind::kV, meeting.v, step.v);

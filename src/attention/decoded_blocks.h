@@ -38,21 +38,21 @@ class DecodedBlocks {
   }
 
   // Where Decode puts the head of an encoded block, until Clear. `run` must stay.
-  const std::byte* Add(const BlockRun& run, codec::Kind kind, BlockId id, int cap) {
+  const std::byte* Add(const BlockRun& run, codec::Kind kind, BlockId id, const kv::LogicalBlock& logical) {
     OfKind& blocks = kinds_[static_cast<size_t>(kind)];
     // That of the visit before, as a rule.
     for (int i = blocks.n - 1; i >= 0; --i) {
       if (blocks.all[i].id == id) return blocks.all[i].at;
     }
-    Block block = {id, &run, cap};
+    Block block = {id, &run, logical.cap, logical.tokens};
     // What it is a difference from comes before it.
     if (const BlockId base = run.cache->base(id); base.valid()) {
       block.base_in_place = HeadReader::InPlace(run, base);
-      if (block.base_in_place == nullptr) block.base_at = Add(run, kind, base, cap);
+      if (block.base_in_place == nullptr) block.base_at = Add(run, kind, base, logical);
     }
     block.at = scratch_ + used_;
     // One behind the other: places of a whole block each would all share the same part of a cache.
-    used_ += RoundUp<size_t>(run.layout->head_bytes(cap), kAlignment);
+    used_ += RoundUp<size_t>(run.layout->head_bytes(logical.cap), kAlignment);
     blocks.all[blocks.n++] = block;
     return block.at;
   }
@@ -65,7 +65,7 @@ class DecodedBlocks {
         const std::byte* base = block.base_at;
         if (block.base_in_place != nullptr)
           base = block.base_in_place + block.run->layout->head_offset(kv_head, block.cap);
-        HeadReader::Decode(*block.run, kind, block.id, block.cap, kv_head, base, block.at);
+        HeadReader::Decode(*block.run, kind, block.id, block.cap, block.tokens, kv_head, base, block.at);
       }
     }
     return kinds_[0].n + kinds_[1].n;
@@ -80,6 +80,7 @@ class DecodedBlocks {
     BlockId id;
     const BlockRun* run = nullptr;
     int cap = 0;
+    int tokens = 0;
     const std::byte* base_in_place = nullptr;  // of a difference: the first head of its base,
     const std::byte* base_at = nullptr;        // or where that is decoded
     std::byte* at = nullptr;

@@ -37,19 +37,20 @@ class HeadReader {
 
   // A head of an encoded block into `out`, PlaceBytes. base: the same head of what it is a difference from, as kernels
   // read it; null: it stands alone.
-  static void Decode(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head, const std::byte* base,
-                     std::byte* out) {
+  static void Decode(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int tokens, int kv_head,
+                     const std::byte* base, std::byte* out) {
     codec::Reference reference = {base, cap};
     if (base == nullptr)
       reference = kind == codec::Kind::kK ? run.key_reference.OfHead(*run.layout, kv_head) : codec::Reference();
-    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, reference, out);
+    codec::DecodeHead(*run.layout, kind, run.cache->codec(block), run.cache->data(block), kv_head, cap, tokens,
+                      reference, out);
   }
 
   const std::byte* Keys(const BlockRun& run, int index, int kv_head) {
-    return Read(run, codec::Kind::kK, run.k[index], run.blocks[index].cap, kv_head);
+    return Read(run, codec::Kind::kK, run.k[index], run.blocks[index], kv_head);
   }
   const std::byte* Values(const BlockRun& run, int index, int kv_head) {
-    return Read(run, codec::Kind::kV, run.v[index], run.blocks[index].cap, kv_head);
+    return Read(run, codec::Kind::kV, run.v[index], run.blocks[index], kv_head);
   }
 
  private:
@@ -61,7 +62,9 @@ class HeadReader {
     int place = 0;
   };
 
-  const std::byte* Read(const BlockRun& run, codec::Kind kind, BlockId block, int cap, int kv_head) {
+  const std::byte* Read(const BlockRun& run, codec::Kind kind, BlockId block, const kv::LogicalBlock& logical,
+                        int kv_head) {
+    const int cap = logical.cap;
     if (const std::byte* data = InPlace(run, block)) return data + run.layout->head_offset(kv_head, cap);
     Last& last = last_[static_cast<size_t>(kind)];
     const size_t place_bytes = PlaceBytes(run.layout->head_dim);
@@ -75,11 +78,11 @@ class HeadReader {
         if (from != nullptr) {
           from += run.layout->head_offset(kv_head, cap);
         } else {
-          Decode(run, kind, base, cap, kv_head, nullptr, spare);
+          Decode(run, kind, base, cap, logical.tokens, kv_head, nullptr, spare);
           from = spare;
         }
       }
-      Decode(run, kind, block, cap, kv_head, from, places + last.place * place_bytes);
+      Decode(run, kind, block, cap, logical.tokens, kv_head, from, places + last.place * place_bytes);
     }
     return places + last.place * place_bytes;
   }

@@ -75,8 +75,8 @@ class World {
     if (shape.sealed.has_value()) kv.sealed.assign(kv.n_tables(), *shape.sealed);
     // Each token may stand alone in a block of the smallest class, and the last slab of each class and codec hold one
     // block.
-    const size_t codecs = 1 + (shape.sealed.has_value() ? 1 : 0) + (shape.residuals ? kv::kResidualCodecs.size() : 0);
-    const size_t slabs = codecs * codec::kClasses + 1;
+    const size_t codecs = (shape.sealed.has_value() ? 1 : 0) + (shape.residuals ? kv::kResidualCodecs.size() : 0);
+    const size_t slabs = codec::kClasses + codecs * codec::kQuantisedClasses + 1;
     const size_t granules = kv.n_tables() * static_cast<size_t>(shape.tokens_max) + slabs * kv::kSlabGranules;
     const size_t bytes = kv.layout.granule_bytes() * granules;
     auto cache = kv::KvCache::Create(kv, kv::BlockCutter({1}),
@@ -179,7 +179,7 @@ class World {
         std::vector<std::byte> encoded(layout.block_bytes(block.cap));
         if (const BlockId base = BaseFor(sequence, table, index); base.valid()) {
           const codec::Codec to = kv::kResidualCodecs[(index + table) % kv::kResidualCodecs.size()];
-          const std::vector<std::byte> mean = kv::StoredBlock(*cache_, table, base, block.cap);
+          const std::vector<std::byte> mean = kv::StoredBlock(*cache_, table, base, block.cap, block.tokens);
           codec::EncodeBlock(layout, kind, to, cache_->data(own), block.cap, block.tokens, {mean.data(), block.cap},
                              encoded.data());
           ASSERT_TRUE(cache_->Encode(sequence, table, index, to, encoded.data(), base).valid());
@@ -329,7 +329,7 @@ class World {
           const BlockId id = cache_->table(span.sequence, layer, kind)[index];
           std::vector<std::byte>& bytes = decoded[static_cast<size_t>(kind)];
           if (position == std::max(first, block.start)) {
-            bytes = kv::StoredBlock(*cache_, kv::TableIndex(layer, kind), id, block.cap);
+            bytes = kv::StoredBlock(*cache_, kv::TableIndex(layer, kind), id, block.cap, block.tokens);
           }
           codec::LoadToken(cache_->shape().layout, kind, bytes.data(), block.cap, position - block.start, stored);
           const bool encoded = cache_->codec(id) != cache_->shape().layout.codec;

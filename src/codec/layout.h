@@ -2,7 +2,7 @@
 // SIMD lanes.
 //
 // A physical block holds K or V of one layer: n_kv_heads heads, head after head, each for `cap` tokens (a multiple of
-// kClassStep). Within one head (hd = head_dim):
+// kClassStep; of blocks of 8 bits and less just as many as it holds). Within one head (hd = head_dim):
 //
 //   K, bf16      [hd/2 channel pairs][cap tokens][2]   a lane is a token, its 32 bits one rotated pair
 //   V, bf16      [cap/2 token pairs][hd channels][2]   a lane is a channel, its 32 bits two tokens
@@ -29,8 +29,9 @@
 namespace jointkv::codec {
 
 inline constexpr int kBlockTokensMax = 32;
-inline constexpr int kClassStep = 2;  // size classes: 2, 4, ..., 32 tokens
+inline constexpr int kClassStep = 2;  // size classes: 2, 4, ..., 32 tokens; of quantised blocks 1, 2, ..., 32
 inline constexpr int kClasses = kBlockTokensMax / kClassStep;
+inline constexpr int kQuantisedClasses = kBlockTokensMax;
 inline constexpr int kQuantisedBlockStep = 16;  // bytes of these blocks are a multiple of it
 
 enum class Kind : uint8_t { kK, kV };

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "codec/block_io.h"
 #include "codec/quantised_encode-inl.h"
 #include "codec/quantised_kernels.h"
 
@@ -28,8 +29,8 @@ void Inverse(const HeadArgs& args, const uint8_t* bytes, Levels& levels) {
   constexpr int kBits = LevelBits(kCodec);
   constexpr int kPerByte = 8 / kBits;
   for (int c = 0; c < args.head_dim; ++c) {
-    for (int t = 0; t < args.cap; ++t) {
-      const int byte = bytes[static_cast<ptrdiff_t>(c / kPerByte) * args.cap + t];
+    for (int t = 0; t < args.tokens; ++t) {
+      const int byte = bytes[static_cast<ptrdiff_t>(c / kPerByte) * args.tokens + t];
       levels.x[c][t] = kLevelTable<kCodec>[byte >> (c % kPerByte * kBits) & ((1 << kBits) - 1)];
     }
   }
@@ -39,7 +40,7 @@ void Inverse(const HeadArgs& args, const uint8_t* bytes, Levels& levels) {
       if ((c & half) != 0) continue;
       int16_t* a = levels.x[c];
       int16_t* b = levels.x[c + half];
-      for (int t = 0; t < args.cap; ++t) {
+      for (int t = 0; t < args.tokens; ++t) {
         const int sum = a[t] + b[t];
         const int difference = a[t] - b[t];
         a[t] = static_cast<int16_t>(sum);
@@ -49,29 +50,30 @@ void Inverse(const HeadArgs& args, const uint8_t* bytes, Levels& levels) {
   }
   for (int c = 0; c < args.head_dim; ++c) {
     if (kChannelSigns[c] == 0) continue;
-    for (int t = 0; t < args.cap; ++t) levels.x[c][t] = static_cast<int16_t>(-levels.x[c][t]);
+    for (int t = 0; t < args.tokens; ++t) levels.x[c][t] = static_cast<int16_t>(-levels.x[c][t]);
   }
 }
 
 void LevelsOfQ8(const HeadArgs& args, const std::byte* head, Levels& levels) {
   for (int c = 0; c < args.head_dim; ++c) {
-    for (int t = 0; t < args.cap; ++t) {
-      const ptrdiff_t at = args.kind == Kind::kK ? static_cast<ptrdiff_t>(c) * args.cap + t
+    for (int t = 0; t < args.tokens; ++t) {
+      const ptrdiff_t at = args.kind == Kind::kK ? static_cast<ptrdiff_t>(c) * args.tokens + t
                                                  : static_cast<ptrdiff_t>(t) * args.head_dim + c;
       levels.x[c][t] = static_cast<int8_t>(head[at]);
     }
   }
 }
 
-void CheckArgs(const BlockLayout& layout, Codec codec, int cap) {
+void CheckArgs(const BlockLayout& layout, Codec codec, int cap, int tokens) {
   CHECK(layout.codec == Codec::kBf16 && IsQuantised(codec));
   CHECK(layout.head_dim >= 2 && layout.head_dim <= kQuantisedHeadDimMax && layout.head_dim % 2 == 0);
   CHECK(layout.head_dim * LevelBits(codec) % 8 == 0);
   CHECK(cap >= kClassStep && cap <= kBlockTokensMax && cap % kClassStep == 0);
+  CHECK(tokens >= 1 && tokens <= cap);
 }
 
-HeadArgs ArgsOf(const BlockLayout& layout, Kind kind, Codec codec, int cap, const Reference& reference) {
-  HeadArgs args{kind, codec, layout.head_dim, cap, reference.mean, reference.mean_cap};
+HeadArgs ArgsOf(const BlockLayout& layout, Kind kind, Codec codec, int cap, int tokens, const Reference& reference) {
+  HeadArgs args{kind, codec, layout.head_dim, cap, tokens, reference.mean, reference.mean_cap};
   // A level of q8 follows the largest value of its head vector, which factors make larger: scores err more with them.
   if (reference.pair_scales != nullptr && codec != Codec::kQ8) args.pair_scales = reference.pair_scales;
   return args;
@@ -79,14 +81,15 @@ HeadArgs ArgsOf(const BlockLayout& layout, Kind kind, Codec codec, int cap, cons
 
 }  // namespace
 
-void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
+void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, std::byte* out) {
   Tile tile;
-  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tokens, tile);
+  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tile);
   EncodeTile(args, tile, out);
 }
 
 void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* out) {
   Levels levels;
+  for (int c = 0; c < args.head_dim && args.tokens < args.cap; ++c) levels.x[c][args.tokens] = 0;
   const auto* bytes = reinterpret_cast<const uint8_t*>(head);
   switch (args.codec) {
     case Codec::kQ4: Inverse<Codec::kQ4>(args, bytes, levels); break;
@@ -94,11 +97,11 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
     case Codec::kQ1: Inverse<Codec::kQ1>(args, bytes, levels); break;
     default: LevelsOfQ8(args, head, levels);
   }
-  const std::byte* scales = head + static_cast<ptrdiff_t>(args.cap) * args.head_dim * LevelBits(args.codec) / 8;
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.tokens) * args.head_dim * LevelBits(args.codec) / 8;
   uint16_t unit = 0;
-  std::memcpy(&unit, scales + args.cap, sizeof(unit));
-  float scale[kLanes];
-  for (int t = 0; t < args.cap; ++t) scale[t] = static_cast<float>(scales[t]) * F32FromBf16(unit);
+  std::memcpy(&unit, scales + args.tokens, sizeof(unit));
+  float scale[kLanes] = {};
+  for (int t = 0; t < args.tokens; ++t) scale[t] = static_cast<float>(scales[t]) * F32FromBf16(unit);
   struct Value {
     float level;
     float scale;
@@ -128,34 +131,40 @@ void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* 
 
 void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
                  const Reference& reference, std::byte* out) {
-  CheckArgs(source, to, cap);
-  CHECK(tokens >= 0 && tokens <= cap);
+  CheckArgs(source, to, cap, tokens);
   const auto encode = HasAvx512Kernels(source.head_dim) ? EncodeHeadAvx512
                       : HasAvx2Kernels(source.head_dim) ? EncodeHeadAvx2
                                                         : EncodeHeadPortable;
   const BlockLayout target{source.n_kv_heads, source.head_dim, to};
   for (int head = 0; head < source.n_kv_heads; ++head) {
-    encode(ArgsOf(source, kind, to, cap, reference.OfHead(source, head)), block + source.head_offset(head, cap), tokens,
-           out + target.head_offset(head, cap));
+    encode(ArgsOf(source, kind, to, cap, tokens, reference.OfHead(source, head)), block + source.head_offset(head, cap),
+           out + target.head_offset(head, tokens));
   }
-  const size_t end = target.head_offset(target.n_kv_heads, cap);
-  std::memset(out + end, 0, target.block_bytes(cap) - end);
+  const size_t end = target.head_offset(target.n_kv_heads, tokens);
+  std::memset(out + end, 0, target.block_bytes(tokens) - end);
 }
 
-void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
+void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap, int tokens,
                 const Reference& reference, std::byte* out) {
-  CheckArgs(layout, from, cap);
+  CheckArgs(layout, from, cap, tokens);
+  const int own_cap = ClassCapacity(tokens);
+  if (cap != own_cap) {  // a block that found no place of its own class
+    std::byte own[kQuantisedHeadDimMax * kBlockTokensMax * sizeof(uint16_t)];
+    DecodeHead(layout, kind, from, block, head, own_cap, tokens, reference, own);
+    CopyBlock({1, layout.head_dim, layout.codec}, kind, own, own_cap, out, cap, tokens);
+    return;
+  }
   const auto decode = HasAvx512Kernels(layout.head_dim) ? DecodeHeadAvx512
                       : HasAvx2Kernels(layout.head_dim) ? DecodeHeadAvx2
                                                         : DecodeHeadPortable;
   const BlockLayout source{layout.n_kv_heads, layout.head_dim, from};
-  decode(ArgsOf(layout, kind, from, cap, reference), block + source.head_offset(head, cap), out);
+  decode(ArgsOf(layout, kind, from, cap, tokens, reference), block + source.head_offset(head, tokens), out);
 }
 
-void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
+void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap, int tokens,
                  const Reference& reference, std::byte* out) {
   for (int head = 0; head < layout.n_kv_heads; ++head) {
-    DecodeHead(layout, kind, from, block, head, cap, reference.OfHead(layout, head),
+    DecodeHead(layout, kind, from, block, head, cap, tokens, reference.OfHead(layout, head),
                out + layout.head_offset(head, cap));
   }
 }

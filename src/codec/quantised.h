@@ -27,7 +27,7 @@
 // multiply-add) or not at all, so that results are the same bits on every processor.
 //
 // Functions without state, for any thread. head_dim is even, 2..kQuantisedHeadDimMax, of whole bytes in the codec; cap
-// is a size class.
+// is the size class of the bf16 block, of whose tokens the first `tokens` count, at least one.
 #pragma once
 
 #include <cstddef>
@@ -64,18 +64,18 @@ struct Reference {
 
 inline constexpr float kPairScaleMax = 64;
 
-// block: `source` (bf16) of cap tokens, of which the first `tokens` count; the others of `out` decode to the mean.
-// out: block_bytes(cap) bytes of the same heads in codec `to`, all of which are set.
+// block: `source` (bf16) of class cap. out: block_bytes(tokens) bytes of the same heads in codec `to`, all of which are
+// set.
 void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte* block, int cap, int tokens,
                  const Reference& reference, std::byte* out);
 
 // layout: bf16. block: the whole block in codec `from`. reference: as in EncodeBlock, of this head. out: one head of
-// cap tokens.
-void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap,
+// class cap; tokens past the last are finite.
+void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap, int tokens,
                 const Reference& reference, std::byte* out);
 
 // out: block_bytes(cap) bytes; those past the heads stay as they are.
-void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap,
+void DecodeBlock(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int cap, int tokens,
                  const Reference& reference, std::byte* out);
 
 }  // namespace jointkv::codec

@@ -33,8 +33,8 @@ void LoadLevels(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   constexpr int kPerByte = 8 / kBits;
   const int rows = args.head_dim / kPerByte;
   std::byte copy[kQuantisedHeadDimMax / kPerByte * kLanes + 32];
-  if (kLanes > 2 * args.cap + 2) {  // the last row's tokens and the scales
-    std::memcpy(copy, bytes, static_cast<size_t>(rows) * args.cap);
+  if (kLanes > 2 * args.tokens + 2) {  // the last row's tokens and the scales
+    std::memcpy(copy, bytes, static_cast<size_t>(rows) * args.tokens);
     bytes = copy;
   }
   alignas(16) int8_t entries[16];
@@ -42,7 +42,7 @@ void LoadLevels(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
   const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
   for (int row = 0; row < rows; ++row) {
-    const __m256i packed = Load(bytes + static_cast<ptrdiff_t>(row) * args.cap);
+    const __m256i packed = Load(bytes + static_cast<ptrdiff_t>(row) * args.tokens);
 #pragma GCC unroll 8
     for (int i = 0; i < kPerByte; ++i) {
       const __m256i level = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, i * kBits), mask));
@@ -140,11 +140,13 @@ inline __m256 Signed(__m256 x, __m256i signs) {
 template <typename F>
 inline __attribute__((always_inline)) void ForTokens(const HeadArgs& args, const std::byte* scales, const F& f) {
   uint16_t bits = 0;
-  std::memcpy(&bits, scales + args.cap, sizeof(bits));
+  std::memcpy(&bits, scales + args.tokens, sizeof(bits));
   const __m256 unit = _mm256_set1_ps(F32FromBf16(bits));
+  std::byte padded[kLanes] = {};
+  std::memcpy(padded, scales, args.tokens);
   for (int at = 0; at < args.cap; at += kStep) {
     const int token = at + kStep <= args.cap ? at : args.cap - kStep;
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + token)));
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(padded + token)));
     f(token, _mm256_mul_ps(_mm256_cvtepi32_ps(bytes), unit));
   }
 }
@@ -223,7 +225,7 @@ template <Codec kCodec, bool kMean>
 void DecodeTransformed(const HeadArgs& args, const std::byte* head, std::byte* out) {
   Levels levels;
   Inverse<kCodec>(args, head, levels);
-  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim * LevelBits(kCodec) / 8) * args.cap;
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim * LevelBits(kCodec) / 8) * args.tokens;
   (args.kind == Kind::kK ? StoreK<kMean> : StoreV<kMean>)(args, levels, scales, out);
 }
 
@@ -233,15 +235,15 @@ inline __m256i LoadQ8(const std::byte* at) {
 
 template <bool kMean>
 void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
-  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim) * args.cap;
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim) * args.tokens;
   if (args.kind == Kind::kK) {
     ForTokens(
         args, scales, [&](int token, __m256 scale) __attribute__((always_inline)) {
           for (int pair = 0; pair < args.head_dim / 2; ++pair) {
-            const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
+            const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.tokens + token;
             const __m256 own = _mm256_mul_ps(scale, _mm256_set1_ps(args.pair_scales[pair]));
             Store(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4,
-                  Pairs<kMean>(LoadQ8(levels), LoadQ8(levels + args.cap), own, own, args.mean,
+                  Pairs<kMean>(LoadQ8(levels), LoadQ8(levels + args.tokens), own, own, args.mean,
                                (pair * args.mean_cap + token) * ptrdiff_t{4}));
           }
         });
@@ -254,10 +256,10 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
     const __m256 first = _mm256_set1_ps(scale[t]);
     const __m256 second = _mm256_set1_ps(scale[t + 1]);
     const std::byte* levels = head + static_cast<ptrdiff_t>(t) * args.head_dim;
+    const std::byte* next = t + 1 < args.tokens ? levels + args.head_dim : levels;  // its scale is zero
     for (int c = 0; c < args.head_dim; c += kStep) {
       const ptrdiff_t at = (static_cast<ptrdiff_t>(t / 2) * args.head_dim + c) * 4;
-      Store(out + at,
-            Pairs<kMean>(LoadQ8(levels + c), LoadQ8(levels + args.head_dim + c), first, second, args.mean, at));
+      Store(out + at, Pairs<kMean>(LoadQ8(levels + c), LoadQ8(next + c), first, second, args.mean, at));
     }
   }
 }
@@ -280,24 +282,27 @@ inline __attribute__((always_inline)) void Widen(const std::byte* in, int in_cap
     std::memcpy(out + row * kStep * kBytes, in + row * in_cap * kBytes, kCap * kBytes);
 }
 
-// A block of less than a vector of tokens: as one of a vector, of which a part is kept.
+// A block of less than a vector of tokens: as one of a vector, of which a part is kept. What is read behind the last
+// token of a row has a scale of zero.
 template <int kCap>
 void DecodeShort(const HeadArgs& args, const std::byte* head, std::byte* out) {
   const int head_dim = args.head_dim;
+  const int tokens = args.tokens;
   const ptrdiff_t rows = head_dim * LevelBits(args.codec) / 8;
   std::byte wide_head[kQuantisedHeadDimMax * kStep + kStep + sizeof(uint16_t)];
   std::byte wide_mean[kQuantisedHeadDimMax * kStep * 2];
   std::byte wide_out[kQuantisedHeadDimMax * kStep * 2];
   if (args.codec == Codec::kQ8 && args.kind == Kind::kV) {
     std::memset(wide_head, 0, static_cast<size_t>(head_dim) * kStep);
-    std::memcpy(wide_head, head, static_cast<size_t>(head_dim) * kCap);
+    std::memcpy(wide_head, head, static_cast<size_t>(head_dim) * tokens);
   } else {
-    Widen<kCap, 1>(head, kCap, rows, wide_head);
+    Widen<kCap, 1>(head, tokens, rows, wide_head);
   }
-  Widen<kCap, 1>(head + rows * kCap, kCap, 1, wide_head + rows * kStep);
-  std::memcpy(wide_head + rows * kStep + kStep, head + rows * kCap + kCap, sizeof(uint16_t));
+  std::memset(wide_head + rows * kStep, 0, kStep);
+  std::memcpy(wide_head + rows * kStep, head + rows * tokens, tokens);
+  std::memcpy(wide_head + rows * kStep + kStep, head + rows * tokens + tokens, sizeof(uint16_t));
   HeadArgs wide = args;
-  wide.cap = kStep;
+  wide.cap = wide.tokens = kStep;
   if (args.mean != nullptr && args.mean_cap < kStep) {
     wide.mean = wide_mean;
     wide.mean_cap = kStep;
@@ -319,9 +324,9 @@ void DecodeShort(const HeadArgs& args, const std::byte* head, std::byte* out) {
 
 }  // namespace
 
-void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
+void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, std::byte* out) {
   Tile tile;
-  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tokens, tile);
+  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tile);
   EncodeTile(args, tile, out);
 }
 
@@ -344,7 +349,7 @@ bool HasAvx2Kernels(int head_dim) { return HasAvx2() && head_dim % kStep == 0; }
 #else
 namespace jointkv::codec {
 bool HasAvx2Kernels(int) { return false; }
-void EncodeHeadAvx2(const HeadArgs&, const std::byte*, int, std::byte*) { CHECK(false); }
+void EncodeHeadAvx2(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
 void DecodeHeadAvx2(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
 }  // namespace jointkv::codec
 #endif

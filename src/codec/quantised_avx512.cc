@@ -77,12 +77,12 @@ void FirstStages(const HeadArgs& args, const std::byte* bytes, Levels& levels) {
   constexpr int kBits = LevelBits(kCodec);
   constexpr int kPerByte = 8 / kBits;
   const auto table = Of::LoadTable(kLevelTable<kCodec>.data());  // 16 entries and the same again
-  const auto mask = static_cast<uint32_t>((uint64_t{1} << args.cap) - 1);
+  const auto mask = static_cast<uint32_t>((uint64_t{1} << args.tokens) - 1);
   for (int c = 0; c < args.head_dim; c += kGroup) {
     typename Of::Vector v[kGroup];
 #pragma GCC unroll 8
     for (int i = 0; i < kGroup / kPerByte; ++i) {
-      const std::byte* row = bytes + static_cast<ptrdiff_t>(c / kPerByte + i) * args.cap;
+      const std::byte* row = bytes + static_cast<ptrdiff_t>(c / kPerByte + i) * args.tokens;
       const auto byte = Of::LoadBytes(row, mask);
 #pragma GCC unroll 8
       for (int j = 0; j < kPerByte; ++j) v[kPerByte * i + j] = Of::Lookup(byte, j * kBits, table);
@@ -152,8 +152,8 @@ inline __m512 Signed(__m512 x, __m512i signs) {
 // The scales of tokens [token, token + 16), zeros past the last one.
 inline __m512 LoadScales(const HeadArgs& args, const std::byte* scales, int token) {
   uint16_t unit = 0;
-  std::memcpy(&unit, scales + args.cap, sizeof(unit));
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(LaneMask(args.cap - token), scales + token));
+  std::memcpy(&unit, scales + args.tokens, sizeof(unit));
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(LaneMask(args.tokens - token), scales + token));
   return _mm512_mul_ps(_mm512_cvtepi32_ps(bytes), _mm512_set1_ps(F32FromBf16(unit)));
 }
 
@@ -276,7 +276,7 @@ template <Codec kCodec, bool kMean>
 void DecodeTransformed(const HeadArgs& args, const std::byte* head, std::byte* out) {
   Levels levels;
   Inverse<kCodec>(args, head, levels);
-  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim * LevelBits(kCodec) / 8) * args.cap;
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim * LevelBits(kCodec) / 8) * args.tokens;
   if (args.kind == Kind::kK) {
     StoreK<kMean>(args, levels, scales, out);
   } else {
@@ -290,16 +290,17 @@ inline __m512i LoadQ8(const std::byte* at, __mmask16 mask) {
 
 template <bool kMean>
 void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
-  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim) * args.cap;
+  const std::byte* scales = head + static_cast<ptrdiff_t>(args.head_dim) * args.tokens;
   if (args.kind == Kind::kK) {
     for (int token = 0; token < args.cap; token += 16) {
       const __mmask16 mask = LaneMask(args.cap - token);
+      const __mmask16 stored = LaneMask(args.tokens - token);
       const __m512 scale = LoadScales(args, scales, token);
       for (int pair = 0; pair < args.head_dim / 2; ++pair) {
-        const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.cap + token;
+        const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.tokens + token;
         const __m512 own = _mm512_mul_ps(scale, _mm512_set1_ps(args.pair_scales[pair]));
-        const __m512i values = Pairs<kMean>(LoadQ8(levels, mask), LoadQ8(levels + args.cap, mask), own, own, mask,
-                                            args.mean, (pair * args.mean_cap + token) * ptrdiff_t{4});
+        const __m512i values = Pairs<kMean>(LoadQ8(levels, stored), LoadQ8(levels + args.tokens, stored), own, own,
+                                            mask, args.mean, (pair * args.mean_cap + token) * ptrdiff_t{4});
         _mm512_mask_storeu_epi32(out + (static_cast<ptrdiff_t>(pair) * args.cap + token) * 4, mask, values);
       }
     }
@@ -311,9 +312,10 @@ void DecodeQ8(const HeadArgs& args, const std::byte* head, std::byte* out) {
     const __m512 first = _mm512_set1_ps(scale[2 * pair]);
     const __m512 second = _mm512_set1_ps(scale[2 * pair + 1]);
     const std::byte* levels = head + static_cast<ptrdiff_t>(2 * pair) * args.head_dim;
+    const __mmask16 both = 2 * pair + 1 < args.tokens ? 0xffff : 0;
     for (int c = 0; c < args.head_dim; c += 16) {
       const ptrdiff_t at = (static_cast<ptrdiff_t>(pair) * args.head_dim + c) * 4;
-      _mm512_storeu_si512(out + at, Pairs<kMean>(LoadQ8(levels + c, 0xffff), LoadQ8(levels + args.head_dim + c, 0xffff),
+      _mm512_storeu_si512(out + at, Pairs<kMean>(LoadQ8(levels + c, 0xffff), LoadQ8(levels + args.head_dim + c, both),
                                                  first, second, 0xffff, args.mean, at));
     }
   }
@@ -331,9 +333,9 @@ void Decode(const HeadArgs& args, const std::byte* head, std::byte* out) {
 
 }  // namespace
 
-void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out) {
+void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, std::byte* out) {
   Tile tile;
-  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tokens, tile);
+  (args.kind == Kind::kK ? LoadK : LoadV)(args, source, tile);
   EncodeTile(args, tile, out);
 }
 
@@ -351,7 +353,7 @@ bool HasAvx512Kernels(int head_dim) { return HasAvx512Bf16() && head_dim % kGrou
 #else
 namespace jointkv::codec {
 bool HasAvx512Kernels(int) { return false; }
-void EncodeHeadAvx512(const HeadArgs&, const std::byte*, int, std::byte*) { CHECK(false); }
+void EncodeHeadAvx512(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
 void DecodeHeadAvx512(const HeadArgs&, const std::byte*, std::byte*) { CHECK(false); }
 }  // namespace jointkv::codec
 #endif

@@ -36,7 +36,8 @@ inline uint32_t PairAt(const std::byte* pairs, ptrdiff_t i) {
 }
 
 // Differences from the mean over their pairs' factors; zeros for tokens that do not count.
-inline void LoadK(const HeadArgs& args, const std::byte* source, int tokens, Tile& tile) {
+inline void LoadK(const HeadArgs& args, const std::byte* source, Tile& tile) {
+  const int tokens = args.tokens;
   for (int pair = 0; pair < args.head_dim / 2; ++pair) {
     uint32_t values[kLanes] = {};
     uint32_t means[kLanes] = {};
@@ -51,7 +52,8 @@ inline void LoadK(const HeadArgs& args, const std::byte* source, int tokens, Til
   }
 }
 
-inline void LoadV(const HeadArgs& args, const std::byte* source, int tokens, Tile& tile) {
+inline void LoadV(const HeadArgs& args, const std::byte* source, Tile& tile) {
+  const int tokens = args.tokens;
   for (int t = 0; t < kLanes; t += 2) {
     const ptrdiff_t row = static_cast<ptrdiff_t>(t / 2) * args.head_dim;
     for (int c = 0; c < args.head_dim; ++c) {
@@ -117,9 +119,9 @@ inline void RoundScales(const float* scales, bool up, Scales& out) {
   out.unit = Bf16FromF32(unit);
 }
 
-inline void StoreScales(const Scales& scales, int cap, std::byte* out) {
-  std::memcpy(out, scales.byte, cap);
-  std::memcpy(out + cap, &scales.unit, sizeof(scales.unit));
+inline void StoreScales(const Scales& scales, int tokens, std::byte* out) {
+  std::memcpy(out, scales.byte, tokens);
+  std::memcpy(out + tokens, &scales.unit, sizeof(scales.unit));
 }
 
 // Once levels g are chosen, the scale with the least error is <x, g> / <g, g>, and removes <x, g>^2 / <g, g>. What it
@@ -194,9 +196,9 @@ void EncodeTransformed(const HeadArgs& args, Tile& tile, std::byte* out) {
       }
     }
     for (int t = 0; t < kLanes; ++t) bytes[t] = static_cast<uint8_t>(packed[t]);
-    std::memcpy(out + static_cast<ptrdiff_t>(c / kPerByte) * args.cap, bytes, args.cap);
+    std::memcpy(out + static_cast<ptrdiff_t>(c / kPerByte) * args.tokens, bytes, args.tokens);
   }
-  StoreScales(scales, args.cap, out + static_cast<ptrdiff_t>(args.head_dim / kPerByte) * args.cap);
+  StoreScales(scales, args.tokens, out + static_cast<ptrdiff_t>(args.head_dim / kPerByte) * args.tokens);
 }
 
 constexpr float kToInteger = 0x1.8p23F;  // added and subtracted again, rounds to an integer
@@ -256,13 +258,13 @@ inline void EncodeQ8(const HeadArgs& args, const Tile& tile, std::byte* out) {
       levels[t] = static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(kToInteger));
     }
     if (args.kind == Kind::kK) {
-      std::memcpy(out + static_cast<ptrdiff_t>(c) * args.cap, levels, args.cap);
+      std::memcpy(out + static_cast<ptrdiff_t>(c) * args.tokens, levels, args.tokens);
     } else {
-      for (int t = 0; t < args.cap; ++t)
+      for (int t = 0; t < args.tokens; ++t)
         out[static_cast<ptrdiff_t>(t) * args.head_dim + c] = static_cast<std::byte>(levels[t]);
     }
   }
-  StoreScales(scales, args.cap, out + static_cast<ptrdiff_t>(args.head_dim) * args.cap);
+  StoreScales(scales, args.tokens, out + static_cast<ptrdiff_t>(args.head_dim) * args.tokens);
 }
 
 inline void EncodeTile(const HeadArgs& args, Tile& tile, std::byte* out) {

@@ -17,28 +17,31 @@ inline constexpr std::array<float, kQuantisedHeadDimMax / 2> kNoPairScales = [] 
   return ones;
 }();
 
-// What a head is encoded from or decoded to (bf16, cap tokens), with its mean (bf16, mean_cap tokens, or null).
+// What a head of `tokens` tokens is encoded from or decoded to (bf16, of class cap), with its mean (bf16, of class
+// mean_cap, or null).
 struct HeadArgs {
   Kind kind = Kind::kK;
   Codec codec = Codec::kQ4;
   int head_dim = 0;
   int cap = 0;
+  int tokens = 0;
   const std::byte* mean = nullptr;
   int mean_cap = kBlockTokensMax;
   const float* pair_scales = kNoPairScales.data();  // kK: (head_dim / 2)
 };
 
-void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
+void EncodeHeadPortable(const HeadArgs& args, const std::byte* source, std::byte* out);
+// cap: ClassCapacity(tokens), as of the two below.
 void DecodeHeadPortable(const HeadArgs& args, const std::byte* head, std::byte* out);
 
 // Whether the two below may be called: HasAvx2() and a head_dim of whole vectors.
 bool HasAvx2Kernels(int head_dim);
-void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
+void EncodeHeadAvx2(const HeadArgs& args, const std::byte* source, std::byte* out);
 void DecodeHeadAvx2(const HeadArgs& args, const std::byte* head, std::byte* out);
 
 // Whether the two below may be called: HasAvx512Bf16() and a head_dim of whole vectors.
 bool HasAvx512Kernels(int head_dim);
-void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, int tokens, std::byte* out);
+void EncodeHeadAvx512(const HeadArgs& args, const std::byte* source, std::byte* out);
 void DecodeHeadAvx512(const HeadArgs& args, const std::byte* head, std::byte* out);
 
 // Lloyd-Max grids of a Gaussian (Max, Quantizing for Minimum Distortion, 1960) in integers: the magnitudes, of kLevels

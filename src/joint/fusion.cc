@@ -194,10 +194,10 @@ Fusion::Decision Fusion::Decide(SequenceId sequence, int table, const Sealed& se
   if (decision.codec != written_) {
     Encode(table, decision.codec, data, block.cap, block.tokens, scratch.encoded);
     if (decision.listed) {
-      Decode(table, decision.codec, scratch.encoded, block.cap, scratch.blend);
+      Decode(table, decision.codec, scratch.encoded, block.cap, block.tokens, scratch.blend);
       decision.bound = static_cast<float>(Between(table, data, scratch.blend, block.cap, block.tokens));
     }
-    std::memcpy(data, scratch.encoded, BytesIn(decision.codec, block.cap));
+    std::memcpy(data, scratch.encoded, BytesIn(decision.codec, block.cap, block.tokens));
   }
   if (!decision.listed) return decision;
   representatives_.Add(sealed.group, table, own, decision.bound, decision.codec);
@@ -213,10 +213,10 @@ codec::Codec Fusion::CodecOf(int table, const kv::LogicalBlock& block) const {
   return block.start == 0 && codec == codec::Codec::kQ4 ? codec::Codec::kQ8 : codec;
 }
 
-size_t Fusion::BytesIn(codec::Codec codec, int cap) const {
+size_t Fusion::BytesIn(codec::Codec codec, int cap, int tokens) const {
   codec::BlockLayout layout = cache_.shape().layout;
   layout.codec = codec;
-  return layout.block_bytes(cap);
+  return layout.block_bytes(codec == written_ ? cap : tokens);
 }
 
 codec::Reference Fusion::ReferenceOf(int table) const {
@@ -227,15 +227,15 @@ void Fusion::Encode(int table, codec::Codec to, const std::byte* block, int cap,
   codec::EncodeBlock(cache_.shape().layout, KindOf(table), to, block, cap, tokens, ReferenceOf(table), out);
 }
 
-void Fusion::Decode(int table, codec::Codec from, const std::byte* encoded, int cap, std::byte* out) const {
-  codec::DecodeBlock(cache_.shape().layout, KindOf(table), from, encoded, cap, ReferenceOf(table), out);
+void Fusion::Decode(int table, codec::Codec from, const std::byte* encoded, int cap, int tokens, std::byte* out) const {
+  codec::DecodeBlock(cache_.shape().layout, KindOf(table), from, encoded, cap, tokens, ReferenceOf(table), out);
 }
 
-const std::byte* Fusion::Values(int table, BlockId representative, int cap, std::byte* scratch) const {
+const std::byte* Fusion::Values(int table, BlockId representative, int cap, int tokens, std::byte* scratch) const {
   const std::byte* data = cache_.data(representative);
   const codec::Codec codec = representatives_[representative].codec;
   if (codec == written_) return data;
-  Decode(table, codec, data, cap, scratch);
+  Decode(table, codec, data, cap, tokens, scratch);
   return scratch;
 }
 
@@ -261,7 +261,7 @@ Fusion::Candidate Fusion::Nearest(int table, GroupId group, const std::byte* dat
   const double limit = std::sqrt(static_cast<double>(options_.budget));
   Candidate nearest = {BlockId(), std::numeric_limits<double>::infinity()};
   const auto test = [&](BlockId candidate) {
-    const std::byte* values = Values(table, candidate, block.cap, scratch.candidate);
+    const std::byte* values = Values(table, candidate, block.cap, block.tokens, scratch.candidate);
     const double d = Between(table, data, values, block.cap, block.tokens);
     // Written so that what is not a number never fits. An encoded block may be beyond the budget of its own original.
     if (!(d < nearest.distance) || representatives_[candidate].bound > limit * (1 + 1e-6)) return;
@@ -306,7 +306,7 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
   const double least = beyond ? distance - kStepShare * limit : 0;
   if (beyond && !(cache_.residuals() && least <= room)) return Differ(table, distance, data, block, scratch, decision);
 
-  const std::byte* mean = Values(table, nearest, cap, scratch.candidate);
+  const std::byte* mean = Values(table, nearest, cap, tokens, scratch.candidate);
   double bound = std::max<double>(record.bound, distance);
   const double step = std::max(least, std::min(distance / (record.weight + 1), room));
   if (step > (record.codec == written_ ? 0 : kStepWorthEncoding * limit)) {
@@ -315,7 +315,7 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
     const std::byte* stored = scratch.blend;
     if (record.codec != written_) {
       Encode(table, record.codec, scratch.blend, cap, tokens, scratch.encoded);
-      Decode(table, record.codec, scratch.encoded, cap, scratch.blend);
+      Decode(table, record.codec, scratch.encoded, cap, tokens, scratch.blend);
       stored = scratch.encoded;
     }
     // What was really done, after rounding to the codec.
@@ -323,7 +323,7 @@ Fusion::Decision Fusion::Join(int table, GroupId group, std::byte* data, const k
     const double left = Between(table, data, scratch.blend, cap, tokens);
     const double moved_bound = std::max(record.bound + moved, left);
     if (moved_bound <= limit) {
-      std::memcpy(cache_.data(nearest), stored, BytesIn(record.codec, cap));
+      std::memcpy(cache_.data(nearest), stored, BytesIn(record.codec, cap, tokens));
       bound = moved_bound;
     }
   }
@@ -341,16 +341,17 @@ Fusion::Decision Fusion::Differ(int table, double distance, std::byte* data, con
   if (!cache_.residuals()) return decision;
   const double limit = std::sqrt(static_cast<double>(options_.budget));
   const codec::BlockLayout& layout = cache_.shape().layout;
-  const std::byte* from = Values(table, decision.target, block.cap, scratch.candidate);
+  const std::byte* from = Values(table, decision.target, block.cap, block.tokens, scratch.candidate);
   for (const codec::Codec codec : kv::kResidualCodecs) {
-    if (BytesIn(codec, block.cap) >= BytesIn(CodecOf(table, block), block.cap)) break;
+    if (BytesIn(codec, block.cap, block.tokens) >= BytesIn(CodecOf(table, block), block.cap, block.tokens)) break;
     if (distance * distance * codec::GaussianLoss(codec) > kNear * options_.budget) continue;
     const codec::Reference reference = {from, block.cap};
     codec::EncodeBlock(layout, KindOf(table), codec, data, block.cap, block.tokens, reference, scratch.encoded);
-    codec::DecodeBlock(layout, KindOf(table), codec, scratch.encoded, block.cap, reference, scratch.blend);
+    codec::DecodeBlock(layout, KindOf(table), codec, scratch.encoded, block.cap, block.tokens, reference,
+                       scratch.blend);
     const double left = Between(table, data, scratch.blend, block.cap, block.tokens);
     if (!(left <= limit)) continue;
-    std::memcpy(data, scratch.encoded, BytesIn(codec, block.cap));
+    std::memcpy(data, scratch.encoded, BytesIn(codec, block.cap, block.tokens));
     Representative& record = representatives_[decision.target];
     record.bound = std::max(record.bound, static_cast<float>(left));
     record.fixed = true;
@@ -394,11 +395,12 @@ void Fusion::Keep(SequenceId sequence, int table, const Sealed& sealed, const De
 BlockId Fusion::MoveEncoded(SequenceId sequence, int table, const Sealed& sealed, const Decision& decision) {
   const BlockId own = cache_.table(sequence, table / 2, KindOf(table))[sealed.index];
   std::byte* data = cache_.data(own);
-  const int cap = cache_.blocks(sequence)[sealed.index].cap;
+  const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
+  const int cap = block.cap;
   const BlockId moved = cache_.Encode(sequence, table, sealed.index, decision.codec, data);
   if (!moved.valid()) {
     ++stats_.unencoded;
-    Decode(table, decision.codec, data, cap, scratch_.data());
+    Decode(table, decision.codec, data, cap, block.tokens, scratch_.data());
     std::memcpy(data, scratch_.data(), cache_.shape().layout.block_bytes(cap));
     if (decision.listed) representatives_[own].codec = written_;
     cache_.Settle(own);
@@ -433,10 +435,11 @@ void Fusion::KeepDifference(SequenceId sequence, int table, const Sealed& sealed
   ++stats_.rejected;
   ++stats_.unencoded;
   const codec::BlockLayout& layout = cache_.shape().layout;
-  const int cap = cache_.blocks(sequence)[sealed.index].cap;
+  const kv::LogicalBlock& block = cache_.blocks(sequence)[sealed.index];
+  const int cap = block.cap;
   const size_t bytes = layout.block_bytes(cap);
-  const std::byte* from = Values(table, decision.target, cap, scratch_.data() + bytes);
-  codec::DecodeBlock(layout, KindOf(table), decision.codec, data, cap, {from, cap}, scratch_.data());
+  const std::byte* from = Values(table, decision.target, cap, block.tokens, scratch_.data() + bytes);
+  codec::DecodeBlock(layout, KindOf(table), decision.codec, data, cap, block.tokens, {from, cap}, scratch_.data());
   std::memcpy(data, scratch_.data(), bytes);
   cache_.Settle(own);
 }

@@ -112,10 +112,10 @@ class Fusion {
   Candidate Nearest(int table, GroupId group, const std::byte* data, const kv::LogicalBlock& block,
                     const Scratch& scratch, Decision& decision) const;
   // What a representative stands for: its block, or that decoded into `scratch`.
-  const std::byte* Values(int table, BlockId representative, int cap, std::byte* scratch) const;
+  const std::byte* Values(int table, BlockId representative, int cap, int tokens, std::byte* scratch) const;
   void Encode(int table, codec::Codec to, const std::byte* block, int cap, int tokens, std::byte* out) const;
-  void Decode(int table, codec::Codec from, const std::byte* encoded, int cap, std::byte* out) const;
-  size_t BytesIn(codec::Codec codec, int cap) const;  // of a block
+  void Decode(int table, codec::Codec from, const std::byte* encoded, int cap, int tokens, std::byte* out) const;
+  size_t BytesIn(codec::Codec codec, int cap, int tokens) const;  // of a block
   codec::Reference ReferenceOf(int table) const;
   Sketches::Shape ShapeOf(GroupId group) const;
   // Distance in the policy's measure: sqrt(NMSE).

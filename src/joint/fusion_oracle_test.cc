@@ -255,7 +255,7 @@ class Run {
       for (size_t i = 0; i < blocks.size() && blocks[i].start < m.committed; ++i) {
         if (!row[i].valid()) continue;
         const int tokens = std::min<int>(blocks[i].tokens, m.committed - blocks[i].start);
-        const std::vector<std::byte> block = kv::StoredBlock(*cache_, table, row[i], blocks[i].cap);
+        const std::vector<std::byte> block = kv::StoredBlock(*cache_, table, row[i], blocks[i].cap, blocks[i].tokens);
         const float* scales = cache_->scales(m.id, table / 2, kind);
         const float scale = scales == nullptr ? 1 : scales[i];
         double squares = 0;
@@ -320,7 +320,7 @@ class Run {
     }
     const codec::Reference reference = kind == Kind::kK ? cache_->key_reference(table / 2) : codec::Reference();
     codec::EncodeBlock(config_.layout, kind, to, written.data(), block.cap, block.tokens, reference, encoded.data());
-    codec::DecodeBlock(config_.layout, kind, to, encoded.data(), block.cap, reference, decoded.data());
+    codec::DecodeBlock(config_.layout, kind, to, encoded.data(), block.cap, block.tokens, reference, decoded.data());
     double squares = 0;
     for (int token = 0; token < block.tokens; ++token) {
       codec::LoadToken(config_.layout, kind, written.data(), block.cap, token, values);

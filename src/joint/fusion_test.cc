@@ -225,7 +225,8 @@ class World {
   void ForEachValue(SequenceId id, int index, int table, F&& f) {
     const kv::LogicalBlock block = cache_->blocks(id)[static_cast<size_t>(index)];
     std::vector<float> values(kWidth);
-    const std::vector<std::byte> stored = kv::StoredBlock(*cache_, table, Block(id, index, table), block.cap);
+    const std::vector<std::byte> stored =
+        kv::StoredBlock(*cache_, table, Block(id, index, table), block.cap, block.tokens);
     for (int t = 0; t < block.tokens; ++t) {
       codec::LoadToken(layout_, static_cast<Kind>(table % 2), stored.data(), block.cap, t, values);
       const TokenId token = cache_->tokens(id)[static_cast<size_t>(block.start + t)];

@@ -41,7 +41,8 @@ Expected<std::unique_ptr<KvCache>> KvCache::Create(KvShape shape, BlockCutter cu
   for (const codec::Codec codec : codecs) {
     codec::BlockLayout layout = shape.layout;
     layout.codec = codec;
-    for (int c = 1; c <= codec::kClasses; ++c) class_bytes.push_back(layout.block_bytes(c * codec::kClassStep));
+    const int step = codec == shape.layout.codec ? codec::kClassStep : 1;
+    for (int cap = step; cap <= codec::kBlockTokensMax; cap += step) class_bytes.push_back(layout.block_bytes(cap));
   }
   ASSIGN_OR_RETURN(auto arena,
                    Arena::Create(options.cap_bytes, shape.layout.granule_bytes() * kSlabGranules, class_bytes));
@@ -67,7 +68,7 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector
       marks_(arena_->total_ids()),
       index_(RandomKey()),
       widest_window_(std::ranges::max(shape_.window)) {
-  std::vector<int> one_encoded(codecs_.size() * codec::kClasses, 1);
+  std::vector<int> one_encoded(codec::kClasses + (codecs_.size() - 1) * codec::kQuantisedClasses, 1);
   std::fill_n(one_encoded.begin(), codec::kClasses, 0);
   const size_t spare = std::min(arena_->HeldBytesOf(one_encoded), arena_->capacity_bytes() / 16);
   spare_slabs_ = static_cast<int>(spare / arena_->slab_bytes());
@@ -686,8 +687,8 @@ BlockId KvCache::Encode(SequenceId id, int table, int index, codec::Codec to, co
   CHECK(s.blocks[index].sealed && own.valid() && codec(own) == shape_.layout.codec && !options_.scales);
   const auto found = std::ranges::find(codecs_, to);
   CHECK(found != codecs_.begin() && found != codecs_.end());
-  const int offset = static_cast<int>(found - codecs_.begin()) * codec::kClasses;
-  const BlockId target = arena_->Allocate(offset + ClassOf(s.blocks[index].cap));
+  const int offset = codec::kClasses + static_cast<int>(found - codecs_.begin() - 1) * codec::kQuantisedClasses;
+  const BlockId target = arena_->Allocate(offset + s.blocks[index].tokens - 1);
   if (!target.valid()) return target;
   std::memcpy(arena_->data(target), encoded, block_bytes(target));
   if (base.valid()) {
@@ -741,7 +742,8 @@ size_t KvCache::LeastBytesOf(int tokens, bool encoded) const {
     for (const Kind kind : {Kind::kK, Kind::kV}) {
       codec::BlockLayout layout = shape_.layout;
       if (encoded) layout.codec = shape_.sealed_codec(TableIndex(layer, kind));
-      bytes += layout.block_bytes(codec::kBlockTokensMax) * CeilDiv(kept, codec::kClassStep) / codec::kClasses;
+      const int room = codec::IsQuantised(layout.codec) ? kept : codec::ClassCapacity(kept);
+      bytes += layout.block_bytes(codec::kBlockTokensMax) * room / codec::kBlockTokensMax;
     }
   }
   return bytes;

@@ -188,7 +188,10 @@ class KvCache {
                        Kind kind) const;  // by logical index; invalid id: left the window
   std::byte* data(BlockId block) const { return arena_->data(block); }
   size_t block_bytes(BlockId block) const { return arena_->block_bytes(block); }
-  codec::Codec codec(BlockId block) const { return codecs_[arena_->class_of(block) / codec::kClasses]; }
+  codec::Codec codec(BlockId block) const {
+    const int above = arena_->class_of(block) - codec::kClasses;
+    return codecs_[above < 0 ? 0 : 1 + above / codec::kQuantisedClasses];
+  }
   // What a block is the difference from; invalid: it stands alone.
   BlockId base(BlockId block) const { return BlockId(bases_[block.index()] - 1); }
   bool residuals() const { return options_.residuals; }
@@ -261,8 +264,9 @@ class KvCache {
   void ReleaseWindow(Sequence& s);
   int FirstVisible(int layer, int next_position) const;
   size_t LeastBytesOf(int tokens, bool encoded) const;
-  double SealedBytes(int table, int cap) const;
-  void Count(Recount& recount, BlockId block, int cap, DomainId domain, bool from_index) const;
+  double SealedBytes(int table, const LogicalBlock& block) const;
+  // size: cap, and how many tokens.
+  void Count(Recount& recount, BlockId block, std::pair<int, int> size, DomainId domain, bool from_index) const;
   void CheckSequence(const Sequence& s, Recount& recount) const;
 
   KvShape shape_;

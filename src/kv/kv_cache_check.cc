@@ -8,25 +8,29 @@ namespace jointkv::kv {
 
 // By BlockId.
 struct KvCache::Recount {
-  explicit Recount(int ids) : refs(ids), index_refs(ids), caps(ids), domains(ids) {}
+  using Size = std::pair<int, int>;
+
+  explicit Recount(int ids) : refs(ids), index_refs(ids), sizes(ids), domains(ids) {}
 
   std::vector<int32_t> refs;
   std::vector<int32_t> index_refs;
-  std::vector<int> caps;
+  std::vector<Size> sizes;  // cap, and how many tokens
   std::vector<DomainId> domains;
   size_t used = 0;
   size_t running = 0;
 };
 
-void KvCache::Count(Recount& recount, BlockId block, int cap, DomainId domain, bool from_index) const {
+void KvCache::Count(Recount& recount, BlockId block, std::pair<int, int> size, DomainId domain, bool from_index) const {
   const size_t i = block.index();
   if (recount.refs[i] == 0) {
-    recount.caps[i] = cap;
+    recount.sizes[i] = size;
     recount.domains[i] = domain;
     recount.used += block_bytes(block);
-    CHECK(arena_->class_of(block) % codec::kClasses == ClassOf(cap));
+    const int encoded = arena_->class_of(block) - codec::kClasses;
+    const auto [cap, tokens] = size;
+    CHECK(encoded < 0 ? arena_->class_of(block) == ClassOf(cap) : encoded % codec::kQuantisedClasses + 1 == tokens);
   }
-  CHECK(recount.caps[i] == cap && recount.domains[i] == domain);
+  CHECK(recount.sizes[i] == size && recount.domains[i] == domain);
   // The index is counted first, so the first table is the one that makes a block a running one.
   if (!from_index && recount.refs[i] == recount.index_refs[i]) recount.running += block_bytes(block);
   ++recount.refs[i];
@@ -44,7 +48,7 @@ void KvCache::CheckSequence(const Sequence& s, Recount& recount) const {
     for (int table = 0; table < shape_.n_tables(); ++table) {
       const BlockId id = s.tables[static_cast<size_t>(table) * s.table_capacity + i];
       CHECK(id.valid() == (static_cast<int>(i) >= s.released[table / 2]));
-      if (id.valid()) Count(recount, id, block.cap, s.domain, false);
+      if (id.valid()) Count(recount, id, {block.cap, block.tokens}, s.domain, false);
       CHECK(position <= s.committed || refs_[id.index()] == 1);  // about to be written: private
     }
   }
@@ -84,7 +88,7 @@ void KvCache::CheckIntegrity() const {
       const BlockId block = entry.blocks[table];
       whole = whole && block.valid();
       if (!block.valid()) continue;
-      Count(recount, block, entry.cap, entry.root.domain, true);
+      Count(recount, block, {entry.cap, static_cast<int>(entry.tokens.size())}, entry.root.domain, true);
       // Whatever no sequence refers to can be reclaimed: by eviction, or by a strip.
       const bool idle = refs_[block.index()] == index_refs_[block.index()];
       CHECK(!idle || entry.users == 0 || (shape_.window[table / 2] > 0 && entry.queued_for_strip));
@@ -110,7 +114,7 @@ void KvCache::CheckIntegrity() const {
     const BlockId of = base(block);
     CHECK(recount.refs[i] > 0 && bases_[of.index()] == 0);
     const bool idle = recount.refs[i] == recount.index_refs[i];
-    Count(recount, of, recount.caps[i], recount.domains[i], idle);
+    Count(recount, of, recount.sizes[i], recount.domains[i], idle);
   }
   for (int i = 0; i < ids; ++i) {
     CHECK(recount.refs[i] == refs_[i] && recount.index_refs[i] == index_refs_[i]);

@@ -21,10 +21,10 @@ SlotState KvCache::state(SequenceId id, int table, int index) const {
   return readers(block) > 1 || index < s.adopted ? SlotState::kPrefix : SlotState::kPrivate;
 }
 
-double KvCache::SealedBytes(int table, int cap) const {
+double KvCache::SealedBytes(int table, const LogicalBlock& block) const {
   codec::BlockLayout layout = shape_.layout;
   layout.codec = shape_.sealed_codec(table);
-  return static_cast<double>(layout.block_bytes(cap));
+  return static_cast<double>(layout.block_bytes(codec::IsQuantised(layout.codec) ? block.tokens : block.cap));
 }
 
 SharingStats KvCache::sharing_stats(int64_t slots_max) const {
@@ -47,7 +47,7 @@ SharingStats KvCache::sharing_stats(int64_t slots_max) const {
         const BlockId of = base(block);
         const double bytes_16_bit = 2.0 * s.blocks[i].cap * shape_.layout.n_kv_heads * shape_.layout.head_dim;
         // What it would take by itself; a difference counts as the share of such a block that it takes.
-        const double alone = of.valid() ? SealedBytes(table, s.blocks[i].cap) : block_bytes(block);
+        const double alone = of.valid() ? SealedBytes(table, s.blocks[i]) : block_bytes(block);
         // A block of n readers is met n times, some of these through a difference from it.
         const double share = weight / readers(block);
         const auto meet = [&](BlockId met, double met_share, double met_alone) {

@@ -64,18 +64,18 @@ inline void WriteContent(const KvCache& cache, SequenceId id, std::span<const ui
 }
 
 // A block as the forward pass would have written what it holds: decoded, where it is encoded.
-inline std::vector<std::byte> StoredBlock(const KvCache& cache, int table, BlockId id, int cap) {
+inline std::vector<std::byte> StoredBlock(const KvCache& cache, int table, BlockId id, int cap, int tokens) {
   const codec::BlockLayout& layout = cache.shape().layout;
   const auto kind = static_cast<Kind>(table % 2);
   const codec::Codec codec = cache.codec(id);
   if (codec == layout.codec) return {cache.data(id), cache.data(id) + layout.block_bytes(cap)};
   std::vector<std::byte> decoded(layout.block_bytes(cap));
   if (const BlockId base = cache.base(id); base.valid()) {
-    const std::vector<std::byte> mean = StoredBlock(cache, table, base, cap);
-    codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, {mean.data(), cap}, decoded.data());
+    const std::vector<std::byte> mean = StoredBlock(cache, table, base, cap, tokens);
+    codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, tokens, {mean.data(), cap}, decoded.data());
     return decoded;
   }
-  codec::DecodeBlock(layout, kind, codec, cache.data(id), cap,
+  codec::DecodeBlock(layout, kind, codec, cache.data(id), cap, tokens,
                      kind == Kind::kK ? cache.key_reference(table / 2) : codec::Reference(), decoded.data());
   return decoded;
 }
