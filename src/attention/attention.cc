@@ -1,6 +1,7 @@
 #include "attention/attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <numbers>
@@ -188,9 +189,11 @@ void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) 
   for (int i = 1; i < n; ++i) {
     if (visits[i].key == visits[i - 1].key) visits[i].order = visits[i - 1].order;
   }
-  std::ranges::sort(visits, [](const PlannedVisit& a, const PlannedVisit& b) {
+  const auto together = [](const PlannedVisit& a, const PlannedVisit& b) {
     return std::tuple(a.order, a.row, a.block) < std::tuple(b.order, b.row, b.block);
-  });
+  };
+  std::ranges::sort(visits, together);
+  if (bf16_kernels_ && JoinBlocks(visits)) std::ranges::sort(visits, together);
   int64_t total = 0;
   const auto cost = [&](const PlannedVisit& visit) {
     return Cost(cache.blocks(spans_[visit.span].sequence)[visit.block]);
@@ -205,8 +208,8 @@ void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) 
     const int first = at;
     const int64_t end = total * (part + 1) / parts;
     // Rather not in the midst of those that visit a block: two parts would read and decode it.
-    const auto together = [&] { return at > first && visits[at].order == visits[at - 1].order; };
-    for (; at < n && (part == parts - 1 || done < end || (together() && done < end + total / parts / 4)); ++at) {
+    const auto midst = [&] { return at > first && visits[at].order == visits[at - 1].order; };
+    for (; at < n && (part == parts - 1 || done < end || (midst() && done < end + total / parts / 4)); ++at) {
       PlannedVisit& visit = visits[at];
       done += cost(visit);
       visit.first = last_part_[visit.partial] != part;
@@ -227,6 +230,37 @@ void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) 
     merge.partials += visit.first;
     visit.partial = merge.first_partial + merge.partials - 1;
   }
+}
+
+// Blocks that the same rows visit, one after the other, get one order: then a row's visits to them are added up at
+// once. Whether there were any.
+bool Attention::JoinBlocks(std::span<PlannedVisit> visits) {
+  constexpr size_t kJoinedBlocks = 4;  // of a head, they fit the first cache
+  const auto end_of = [&](size_t first) {
+    size_t last = first + 1;
+    while (last < visits.size() && visits[last].order == visits[first].order) ++last;
+    return last;
+  };
+  bool any = false;
+  for (size_t first = 0; first < visits.size();) {
+    const size_t rows = end_of(first) - first;
+    const auto own = visits.subspan(first, rows);
+    size_t most = std::min(kJoinedBlocks, kTogetherMax / rows);
+    const auto not_after = [](const PlannedVisit& a, const PlannedVisit& b) { return a.row >= b.row; };
+    if (rows == 1 || std::ranges::adjacent_find(own, not_after) != own.end()) most = 1;
+    size_t blocks = 1;
+    for (; blocks < most; ++blocks) {
+      const size_t next = first + blocks * rows;
+      if (next >= visits.size() || end_of(next) - next != rows) break;
+      if (!std::ranges::equal(own, visits.subspan(next, rows), {}, &PlannedVisit::row, &PlannedVisit::row)) break;
+    }
+    blocks = std::bit_floor(blocks);  // calls of the kernel then end with a row
+    const size_t last = first + blocks * rows;
+    for (size_t i = first; i < last; ++i) visits[i].order = visits[first].order;
+    any |= blocks > 1;
+    first = last;
+  }
+  return any;
 }
 
 BlockRun Attention::RunOf(const kv::KvCache& cache, int layer, const RowSpan& span) const {

@@ -96,8 +96,10 @@ class Attention {
   };
   // One row against one block, for all heads.
   struct PlannedVisit {
-    BlockId key;    // physical block in the first layer of this window size
-    int order = 0;  // among all visits, as they come; then, of the first visit to the same block
+    BlockId key;  // physical block in the first layer of this window size
+    // Among all visits, as they come; then, of the first visit to the same block; then, to the first of several such
+    // blocks.
+    int order = 0;
     int span = 0;
     int row = 0;
     int position = 0;
@@ -105,6 +107,7 @@ class Attention {
     int partial = 0;     // index into partials
     bool first = false;  // of its partial
   };
+  static constexpr size_t kTogetherMax = 64;  // visits of one order, if it has several blocks
   struct Part {
     int first = 0;  // visits
     int last = 0;
@@ -143,6 +146,7 @@ class Attention {
 
   void PlanWindow(const kv::KvCache& cache, WindowPlan& plan);
   void PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows);
+  static bool JoinBlocks(std::span<PlannedVisit> visits);
   std::span<float> Floats(size_t n);
   BlockRun RunOf(const kv::KvCache& cache, int layer, const RowSpan& span) const;
   // A row against the visible part of a block; where its keys and values are and its results go is still to be set.
@@ -187,6 +191,7 @@ class Attention {
   // The queries of a KV head from `query` of its group on.
   Partial PartialOf(int index, int kv_head, int query = 0);
   int BatchVisits(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const;
+  int EndOfTogether(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const;
   void RunPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);

@@ -8,7 +8,7 @@
 namespace jointkv::attention {
 namespace {
 
-constexpr int kDecodedVisitsMax = 64;  // of a batch, where blocks may be encoded
+constexpr int kBatchVisits = 64;
 // That a batch reads: what the next one reads comes into the second cache meanwhile.
 constexpr size_t kBatchBytes = 256 << 10;
 
@@ -64,28 +64,45 @@ void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, Lay
   });
 }
 
-// Visits from `first` on that are worth a batch. What lies in place is read a few visits at a time.
+// The end of the visits that are one batch, if they fit: those of one order. Where results must not depend on other
+// rows, those that a call of the kernel is to have.
+int Attention::EndOfTogether(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const {
+  const int end = static_cast<int>(meetings.size());
+  if (rows_independent_) return std::min(first + kVisitsMax, end);
+  const int order = plan.visits[meetings[first].visit].order;
+  int last = first + 1;
+  while (last < end && plan.visits[meetings[last].visit].order == order) ++last;
+  return last;
+}
+
+// Visits from `first` on that are worth a batch: what is together stays so, if it fits. What lies in place is read a
+// few visits at a time.
 int Attention::BatchVisits(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const {
-  const int left = static_cast<int>(meetings.size()) - first;
-  if (!decodes_ || left <= kVisitsMax) return std::min(left, kVisitsMax);
+  const int end = static_cast<int>(meetings.size());
   const kv::KvCache& cache = *runs_[plan.visits[meetings[first].visit].span].cache;
-  const int most = std::min(left, kDecodedVisitsMax);
   size_t bytes = 0;
-  for (int i = 0; i < most; ++i) {
-    const Meeting& meeting = meetings[first + i];
-    const Meeting* before = i > 0 ? &meetings[first + i - 1] : nullptr;
-    if (before == nullptr || meeting.k != before->k) bytes += cache.block_bytes(meeting.k);
-    if (before == nullptr || meeting.v != before->v) bytes += cache.block_bytes(meeting.v);
-    if (bytes > kBatchBytes && i >= kVisitsMax) return i;
+  int n = 0;
+  while (first + n < end) {
+    const int from = first + n;
+    const int to = EndOfTogether(plan, meetings, from);
+    if (n > 0 && to - first > (decodes_ ? kBatchVisits : kVisitsMax)) break;
+    for (int i = from; decodes_ && i < to; ++i) {
+      const Meeting* before = i > from ? &meetings[i - 1] : nullptr;
+      if (before == nullptr || meetings[i].k != before->k) bytes += cache.block_bytes(meetings[i].k);
+      if (before == nullptr || meetings[i].v != before->v) bytes += cache.block_bytes(meetings[i].v);
+    }
+    if (bytes > kBatchBytes && n >= kVisitsMax) break;
+    n = to - first;
+    if (n >= kBatchVisits) return kBatchVisits;
   }
-  return most;
+  return n;
 }
 
 // Batch after batch, head after head: what a batch's visits share is then in a near cache, and is decoded once for all
 // of them.
 void Attention::RunPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, int thread) {
-  Visit visits[kDecodedVisitsMax];
-  HeadStep steps[kDecodedVisitsMax];
+  Visit visits[kBatchVisits];
+  HeadStep steps[kBatchVisits];
   LayerOrder& order = orders_[thread];
   OrderVisits(plan, plan.parts[index], order);
   const std::vector<Meeting>& meetings = order.meetings;
@@ -104,8 +121,21 @@ void Attention::RunPart(const WindowPlan& plan, int index, const dense::RopeTabl
   for (int first = 0, n = 0; first < end; first += n) {
     decoded.Clear();
     const int most = BatchVisits(plan, meetings, first);
-    for (n = 0; n < most && decoded.HasRoom(); ++n)
+    int last_first = 0;  // the last visits that are together
+    int last_end = 0;
+    DecodedBlocks::Mark last_mark = {};
+    for (n = 0; n < most && decoded.HasRoom(); ++n) {
+      if (n == last_end) {
+        last_first = n;
+        last_end = EndOfTogether(plan, meetings, first + n) - first;
+        last_mark = decoded.mark();
+      }
       visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, steps[n]);
+    }
+    if (n < most && last_first > 0) {
+      n = last_first;
+      decoded.Return(last_mark);
+    }
     if (asks && first + n < end) {
       for (int i = first + n; i < std::min(first + 2 * n, end); ++i)
         AskFor(plan.visits[meetings[i].visit], meetings[i].k, meetings[i].v, rope, ahead);

@@ -21,16 +21,46 @@ struct Scratch {
     q_stride = RoundUp(args.layout->head_dim / 2, 16);
     q = reinterpret_cast<uint32_t*>(args.scratch);
     scores = args.scratch + kVisitsMax * kGroupMax * q_stride;
-    weights = reinterpret_cast<uint16_t*>(scores + kVisitsMax * kGroupMax * codec::kBlockTokensMax);
+    weights = reinterpret_cast<uint16_t*>(scores + kGroupMax * kTokens);
   }
   uint32_t* Query(int visit, int g) const { return q + (visit * kGroupMax + g) * q_stride; }
-  float* Scores(int visit, int g) const { return scores + (visit * kGroupMax + g) * codec::kBlockTokensMax; }
-  uint16_t* Weights(int visit, int g) const { return weights + (visit * kGroupMax + g) * codec::kBlockTokensMax; }
+
+  static constexpr ptrdiff_t kTokens = kVisitsMax * codec::kBlockTokensMax;
 
   ptrdiff_t q_stride;
   uint32_t* q;        // (visits, queries, pairs rounded up to 16) rotated bf16 pairs
-  float* scores;      // (visits, queries, kBlockTokensMax)
-  uint16_t* weights;  // (visits, queries, kBlockTokensMax) bf16
+  float* scores;      // (queries, kTokens)
+  uint16_t* weights;  // (queries, kTokens) bf16
+};
+
+// Visits of one row, one after the other, are added up at once: one softmax over all their tokens, which lie side by
+// side in the scratch, each visit's from an even place on.
+struct Run {
+  int first = 0;  // visits
+  int last = 0;
+  int begin = 0;  // tokens in the scratch, a multiple of 16
+  int end = 0;
+};
+struct Runs {
+  explicit Runs(const VisitArgs& args) {
+    int token = 0;
+    for (int i = 0; i < args.n; ++i) {
+      const Visit& visit = args.visits[i];
+      const Visit* before = i == 0 ? nullptr : &args.visits[i - 1];
+      if (before == nullptr || visit.fresh || visit.sum.sums != before->sum.sums || visit.v_scale != before->v_scale) {
+        token = RoundUp(token, 16);
+        all[n++] = {i, i, token, token};
+      }
+      at[i] = token;
+      token += RoundUp(visit.end, 2);
+      all[n - 1].last = i + 1;
+      all[n - 1].end = token;
+    }
+  }
+
+  int n = 0;
+  Run all[kVisitsMax];
+  int at[kVisitsMax];  // a visit's first token in the scratch
 };
 
 // Scores of tokens [0, 8 kHalves), 8 tokens to half a vector.
@@ -82,10 +112,10 @@ void Score(const Visit& visit, int n_pairs, const uint32_t* q, ptrdiff_t q_strid
   ahead.Return(range);
 #pragma GCC unroll 4
   for (int g = 0; g < kQueries; ++g) {
-    float* out = scores + g * codec::kBlockTokensMax;
+    float* out = scores + g * Scratch::kTokens;
 #pragma GCC unroll 2
-    for (int i = 0; i < kWhole; ++i) _mm512_store_ps(out + 16 * i, _mm512_add_ps(sum[0][g][i], sum[1][g][i]));
-    if constexpr (kTail) _mm256_store_ps(out + 16 * kWhole, _mm256_add_ps(tail[0][g], tail[1][g]));
+    for (int i = 0; i < kWhole; ++i) _mm512_storeu_ps(out + 16 * i, _mm512_add_ps(sum[0][g][i], sum[1][g][i]));
+    if constexpr (kTail) _mm256_storeu_ps(out + 16 * kWhole, _mm256_add_ps(tail[0][g], tail[1][g]));
   }
 }
 
@@ -109,53 +139,74 @@ __m512 SumsOf4(const __m512 (&rows)[4]) {
       rows, [](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_add_ps(a, b); });
 }
 
-// Turns a visit's scores of tokens [0, 8 kHalves) into weights, and sets the factors by which its earlier sums shrink.
-template <int kQueries, int kHalves>
-void Weigh(const Visit& visit, const float* scores, uint16_t* weights, float* correction) {
-  constexpr int kWhole = kHalves / 2;
-  constexpr bool kTail = kHalves % 2 != 0;
-  const uint64_t visible = ((uint64_t{1} << visit.end) - 1) & ~((uint64_t{1} << visit.begin) - 1);
+// Bits of the tokens that a run's visits see.
+struct Visible {
+  Visible(const VisitArgs& args, const Runs& runs, const Run& run) {
+    for (int i = run.first; i < run.last; ++i) {
+      const Visit& visit = args.visits[i];
+      const uint64_t own = ((uint64_t{1} << visit.end) - 1) & ~((uint64_t{1} << visit.begin) - 1);
+      const int at = runs.at[i] - run.begin;
+      words[at / 64] |= own << (at % 64);
+      if (at % 64 > 64 - codec::kBlockTokensMax) words[at / 64 + 1] |= own >> (64 - at % 64);
+    }
+  }
+  __mmask16 Of(int token) const { return static_cast<__mmask16>(words[token / 64] >> (token % 64)); }
+
+  uint64_t words[Scratch::kTokens / 64 + 1] = {};
+};
+
+// Turns a run's scores into weights, and sets the factors by which its row's earlier sums shrink.
+template <int kQueries>
+void Weigh(const VisitArgs& args, const Runs& runs, const Run& run, const Scratch& scratch, float* correction) {
+  const Visit& visit = args.visits[run.first];
+  const Visible visible(args, runs, run);
+  const float* scores = scratch.scores + run.begin;
+  uint16_t* weights = scratch.weights + run.begin;
+  const int tokens = run.end - run.begin;
+  // Whole vectors of them, and half a one where that does.
+  const int whole = RoundUp(tokens - 8, 16);
   const __m512 unseen = _mm512_set1_ps(kUnseen);
-  __m512 seen[kQueries][std::max(kWhole, 1)];
-  __m256 tail[kQueries];
+  const auto seen = [&](int g, int token) __attribute__((always_inline)) {
+    return _mm512_mask_blend_ps(visible.Of(token), unseen, _mm512_loadu_ps(scores + g * Scratch::kTokens + token));
+  };
+  const auto seen_tail = [&](int g) __attribute__((always_inline)) {
+    return _mm256_mask_blend_ps(static_cast<__mmask8>(visible.Of(whole)), _mm512_castps512_ps256(unseen),
+                                _mm256_loadu_ps(scores + g * Scratch::kTokens + whole));
+  };
   __m512 row[4] = {unseen, unseen, unseen, unseen};
+  for (int token = 0; token < whole; token += 16) {
 #pragma GCC unroll 4
-  for (int g = 0; g < kQueries; ++g) {
-    const float* in = scores + g * codec::kBlockTokensMax;
-    if constexpr (kTail) {
-      tail[g] = _mm256_mask_blend_ps(static_cast<__mmask8>(visible >> (16 * kWhole)), _mm512_castps512_ps256(unseen),
-                                     _mm256_load_ps(in + 16 * kWhole));
-      row[g] = _mm512_insertf32x8(unseen, tail[g], 0);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < kWhole; ++i) {
-      seen[g][i] =
-          _mm512_mask_blend_ps(static_cast<__mmask16>(visible >> (16 * i)), unseen, _mm512_load_ps(in + 16 * i));
-      row[g] = _mm512_max_ps(row[g], seen[g][i]);
-    }
+    for (int g = 0; g < kQueries; ++g) row[g] = _mm512_max_ps(row[g], seen(g, token));
+  }
+  if (whole < tokens) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kQueries; ++g) row[g] = _mm512_max_ps(row[g], _mm512_insertf32x8(unseen, seen_tail(g), 0));
   }
   const __m512 old_max = visit.fresh ? unseen : _mm512_broadcast_f32x4(_mm_loadu_ps(visit.sum.stats));
   const __m512 max = _mm512_max_ps(old_max, LargestOf4(row));
   const __m512 shrink = Exp2(_mm512_sub_ps(old_max, max));
   const __m512 v_scale = _mm512_set1_ps(visit.v_scale);
+  __m512 query_max[kQueries];
+#pragma GCC unroll 4
+  for (int g = 0; g < kQueries; ++g) query_max[g] = _mm512_permutexvar_ps(_mm512_set1_epi32(g), max);
 #pragma GCC unroll 4
   for (int g = 0; g < 4; ++g) row[g] = _mm512_setzero_ps();
+  for (int token = 0; token < whole; token += 16) {
 #pragma GCC unroll 4
-  for (int g = 0; g < kQueries; ++g) {
-    const __m512 query_max = _mm512_permutexvar_ps(_mm512_set1_epi32(g), max);
-    uint16_t* out = weights + g * codec::kBlockTokensMax;
-    if constexpr (kTail) {
-      const __m256 weight = Exp2(_mm256_sub_ps(tail[g], _mm512_castps512_ps256(query_max)));
-      row[g] = _mm512_zextps256_ps512(weight);
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + 16 * kWhole),
-                      (__m128i)_mm256_cvtneps_pbh(_mm256_mul_ps(weight, _mm512_castps512_ps256(v_scale))));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < kWhole; ++i) {
-      const __m512 weight = Exp2(_mm512_sub_ps(seen[g][i], query_max));
+    for (int g = 0; g < kQueries; ++g) {
+      const __m512 weight = Exp2(_mm512_sub_ps(seen(g, token), query_max[g]));
       row[g] = _mm512_add_ps(row[g], weight);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + 16 * i),
-                         (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(weight, v_scale)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + g * Scratch::kTokens + token),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(weight, v_scale)));
+    }
+  }
+  if (whole < tokens) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kQueries; ++g) {
+      const __m256 weight = Exp2(_mm256_sub_ps(seen_tail(g), _mm512_castps512_ps256(query_max[g])));
+      row[g] = _mm512_add_ps(row[g], _mm512_zextps256_ps512(weight));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(weights + g * Scratch::kTokens + whole),
+                       (__m128i)_mm256_cvtneps_pbh(_mm256_mul_ps(weight, _mm512_castps512_ps256(v_scale))));
     }
   }
   const __m128 shrink4 = _mm512_castps512_ps128(shrink);
@@ -166,12 +217,15 @@ void Weigh(const Visit& visit, const float* scores, uint16_t* weights, float* co
   _mm_storeu_ps(total, _mm_add_ps(_mm_mul_ps(before, shrink4), _mm512_castps512_ps128(SumsOf4(row))));
 }
 
-// sums = sums * correction + weights * v, channels [channel, channel + 16 kVectors); one vector may be incomplete.
-// Complete ones are stored without a mask: the next visit of the row reads them at once, which masks would delay.
+// sums = sums * correction + weights * v of all visits of a run, channels [channel, channel + 16 kVectors); one vector
+// may be incomplete. Complete ones are stored without a mask: the next run of the row reads them at once, which masks
+// would delay.
 template <int kQueries, int kVectors>
-void WeightedSum(const Visit& visit, int head_dim, const float* correction, const uint16_t* weights, int channel,
-                 Ahead& ahead) {
-  Ahead::Range range = ahead.Take();
+void WeightedSum(const VisitArgs& args, const Runs& runs, const Run& run, const Scratch& scratch,
+                 const float* correction, int channel) {
+  const int head_dim = args.layout->head_dim;
+  const Partial& row = args.visits[run.first].sum;
+  const bool fresh = args.visits[run.first].fresh;
   constexpr bool kComplete = kVectors > 1;
   const __mmask16 mask = kComplete ? 0xffff : LaneMask(head_dim - channel);
   const auto load = [&](const void* at) __attribute__((always_inline)) {
@@ -181,33 +235,36 @@ void WeightedSum(const Visit& visit, int head_dim, const float* correction, cons
   float* rows[kQueries];
 #pragma GCC unroll 8
   for (int g = 0; g < kQueries; ++g) {
-    rows[g] = visit.sum.sums + static_cast<ptrdiff_t>(g) * head_dim + channel;
+    rows[g] = row.sums + static_cast<ptrdiff_t>(g) * head_dim + channel;
     const __m512 shrink = _mm512_set1_ps(correction[g]);
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      sum[g][i] =
-          visit.fresh ? _mm512_setzero_ps() : _mm512_mul_ps(shrink, _mm512_castsi512_ps(load(rows[g] + 16 * i)));
+      sum[g][i] = fresh ? _mm512_setzero_ps() : _mm512_mul_ps(shrink, _mm512_castsi512_ps(load(rows[g] + 16 * i)));
     }
   }
-  const std::byte* v = visit.v + static_cast<ptrdiff_t>(channel) * 4;
   const ptrdiff_t stride = static_cast<ptrdiff_t>(head_dim) * 4;
-  const int end = (visit.end + 1) / 2;
-  for (int pair = visit.begin / 2; pair < end; ++pair) {
-    range.Step();
-    range.Step();
-    __m512bh values[kVectors];
+  for (int visit = run.first; visit < run.last; ++visit) {
+    const std::byte* v = args.visits[visit].v + static_cast<ptrdiff_t>(channel) * 4;
+    const uint16_t* weights = scratch.weights + runs.at[visit];
+    const int end = (args.visits[visit].end + 1) / 2;
+    Ahead::Range range = args.ahead->Take();
+    for (int pair = args.visits[visit].begin / 2; pair < end; ++pair) {
+      range.Step();
+      range.Step();
+      __m512bh values[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) values[i] = (__m512bh)load(v + pair * stride + 64 * i);
+      for (int i = 0; i < kVectors; ++i) values[i] = (__m512bh)load(v + pair * stride + 64 * i);
 #pragma GCC unroll 8
-    for (int g = 0; g < kQueries; ++g) {
-      int both;
-      __builtin_memcpy(&both, weights + g * codec::kBlockTokensMax + 2 * pair, sizeof(both));
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+      for (int g = 0; g < kQueries; ++g) {
+        int both;
+        __builtin_memcpy(&both, weights + g * Scratch::kTokens + 2 * pair, sizeof(both));
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) sum[g][i] = _mm512_dpbf16_ps(sum[g][i], x, values[i]);
+        for (int i = 0; i < kVectors; ++i) sum[g][i] = _mm512_dpbf16_ps(sum[g][i], x, values[i]);
+      }
     }
+    args.ahead->Return(range);
   }
-  ahead.Return(range);
 #pragma GCC unroll 8
   for (int g = 0; g < kQueries; ++g) {
 #pragma GCC unroll 8
@@ -238,7 +295,7 @@ void Attend(const VisitArgs& args) {
   const int head_dim = args.layout->head_dim;
   const int n_pairs = head_dim / 2;
   const Scratch scratch(args);
-  Ahead& ahead = *args.ahead;
+  const Runs runs(args);
   for (int i = 0; i < args.n; ++i) {
     const Visit& visit = args.visits[i];
     RotateToPairs<kQueries>(visit.q, n_pairs, visit.cos, visit.sin, visit.k_scale, scratch.Query(i, 0),
@@ -247,23 +304,17 @@ void Attend(const VisitArgs& args) {
   for (int i = 0; i < args.n; ++i) {
     WithHalves(args.visits[i], [&](auto halves) {
       Score<kQueries, decltype(halves)::value>(args.visits[i], n_pairs, scratch.Query(i, 0), scratch.q_stride,
-                                               scratch.Scores(i, 0), ahead);
+                                               scratch.scores + runs.at[i], *args.ahead);
     });
   }
   float correction[kVisitsMax][4];
-  for (int i = 0; i < args.n; ++i) {
-    WithHalves(args.visits[i], [&](auto halves) {
-      Weigh<kQueries, decltype(halves)::value>(args.visits[i], scratch.Scores(i, 0), scratch.Weights(i, 0),
-                                               correction[i]);
-    });
-  }
-  for (int i = 0; i < args.n; ++i) {
-    const Visit& visit = args.visits[i];
+  for (int i = 0; i < runs.n; ++i) Weigh<kQueries>(args, runs, runs.all[i], scratch, correction[i]);
+  for (int i = 0; i < runs.n; ++i) {
     int channel = 0;
     for (; channel + 64 <= head_dim; channel += 64)
-      WeightedSum<kQueries, 4>(visit, head_dim, correction[i], scratch.Weights(i, 0), channel, ahead);
+      WeightedSum<kQueries, 4>(args, runs, runs.all[i], scratch, correction[i], channel);
     for (; channel < head_dim; channel += 16)
-      WeightedSum<kQueries, 1>(visit, head_dim, correction[i], scratch.Weights(i, 0), channel, ahead);
+      WeightedSum<kQueries, 1>(args, runs, runs.all[i], scratch, correction[i], channel);
   }
 }
 

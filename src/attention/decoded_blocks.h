@@ -37,6 +37,17 @@ class DecodedBlocks {
     return std::max(kinds_[0].n, kinds_[1].n) + 2 <= kBlocksMax && used_ + 4 * place_bytes_ <= scratch_bytes_;
   }
 
+  // How much has been added, and back to that.
+  struct Mark {
+    size_t used;
+    int n[2];
+  };
+  Mark mark() const { return {used_, {kinds_[0].n, kinds_[1].n}}; }
+  void Return(const Mark& mark) {
+    used_ = mark.used;
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) kinds_[kind].n = mark.n[kind];
+  }
+
   // Where Decode puts the head of an encoded block, until Clear. `run` must stay.
   const std::byte* Add(const BlockRun& run, codec::Kind kind, BlockId id, const kv::LogicalBlock& logical) {
     OfKind& blocks = kinds_[static_cast<size_t>(kind)];

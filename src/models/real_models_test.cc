@@ -82,7 +82,9 @@ TEST_F(RealModelTest, DefaultModelDecoding) {
   SKIP_WITHOUT(TextFile());
   Runner::Options options;
   options.model.quantised_rows = 1;
-  const Agreement agreement = Compare("default model, quantised rows", DefaultModel(), options, false, 200, 1);
+  // Roundings that are not the judge's flip about 3 of 100 tokens: of 200, 6 give or take 3.
+  const Agreement agreement =
+      Compare("default model, quantised rows", DefaultModel(), options, false, 2 * TokensOfEnvironment(), 1);
   EXPECT_LE(agreement.mean_kl(), kKlMax);
   EXPECT_GE(agreement.top1(), kTop1Min);
 }
