@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include <benchmark/benchmark.h>
@@ -19,6 +21,7 @@ constexpr int kThreads = 2;
 constexpr int kLayers = 10;
 constexpr attention::HeadShape kHeads{9, 3, 64, 0.125f, false};
 constexpr int kStepRowsMax = 512;
+constexpr int kDocuments = 20;
 
 std::vector<TokenId> RandomTokens(int n, std::mt19937& random) {
   std::vector<TokenId> tokens(n);
@@ -29,8 +32,11 @@ std::vector<TokenId> RandomTokens(int n, std::mt19937& random) {
 
 class Layers {
  public:
-  // Every block is shared by `readers` sequences.
-  Layers(int sequences, int tokens, int readers = 1, bool encoded = false) : pool_(kThreads) {
+  // Every block is shared by `readers` sequences. parts: instead, each sequence is 8 documents out of kDocuments in
+  // random order, and blocks of equal tokens are one block in the first layer and `parts` in later ones, as joint
+  // encoding leaves them.
+  Layers(int sequences, int tokens, int readers = 1, bool encoded = false, int parts = 0)
+      : pool_(kThreads), parts_(parts) {
     kv::KvShape shape{{kHeads.n_kv_heads, kHeads.head_dim, codec::Codec::kBf16}, std::vector<int>(kLayers, 0)};
     if (encoded) shape.sealed.assign(shape.n_tables(), codec::Codec::kQ4);
     const size_t bytes =
@@ -43,34 +49,63 @@ class Layers {
     std::normal_distribution<float> normal;
     for (float& value : qkv_) value = normal(random_);
     out_.resize(static_cast<size_t>(kStepRowsMax) * kHeads.d_q());
+    std::vector<std::vector<TokenId>> documents(kDocuments);
+    for (std::vector<TokenId>& document : documents) {
+      document = RandomTokens(tokens / 8, random_);
+      document.back() = 0;  // the next one begins a block
+    }
     for (int i = 0; i < sequences; ++i) {
       if (i >= sequences / readers) {
         ids_.push_back(cache_->Fork(ids_[i % (sequences / readers)], tokens + kStepRowsMax));
         continue;
       }
-      ids_.push_back(cache_->Create(DomainId(0), tokens + kStepRowsMax));
+      ids_.push_back(cache_->Create(DomainId(0), tokens + kStepRowsMax, kv::KvCache::Sharing::kLossy));
+      std::vector<TokenId> prompt;
+      std::ranges::shuffle(documents, random_);
+      for (int k = 0; k < 8 && parts > 0; ++k) prompt.insert(prompt.end(), documents[k].begin(), documents[k].end());
+      prompt.resize(tokens, 1);
+      if (parts == 0) prompt = RandomTokens(tokens, random_);
       for (int at = 0; at < tokens; at += kStepRowsMax) {
-        Reserve({ids_.back()}, std::min(kStepRowsMax, tokens - at));
+        const int rows = std::min(kStepRowsMax, tokens - at);
+        Reserve({ids_.back()}, {prompt.begin() + at, prompt.begin() + at + rows});
         for (int layer = 0; layer < kLayers; ++layer) Store(layer);
         const kv::SealedRange sealed = cache_->Commit(ids_.back());
         if (encoded) Encode(ids_.back(), sealed);
+        if (parts > 0) Redirect(ids_.back(), sealed);
       }
     }
   }
 
   const std::vector<SequenceId>& ids() const { return ids_; }
 
-  // Plans a step of `rows` more tokens for each sequence.
-  void Reserve(const std::vector<SequenceId>& ids, int rows) {
+  // Plans a step of these tokens for each sequence.
+  void Reserve(const std::vector<SequenceId>& ids, const std::vector<TokenId>& tokens) {
+    const int rows = static_cast<int>(tokens.size());
     std::vector<attention::RowSpan> spans;
     rows_ = 0;
     for (const SequenceId id : ids) {
       const int position = cache_->length(id);
-      if (!cache_->Append(id, RandomTokens(rows, random_))) std::abort();
+      if (!cache_->Append(id, tokens)) std::abort();
       spans.push_back({id, rows_, rows, position});
       rows_ += rows;
     }
     attention_->Plan(*cache_, spans);
+  }
+  void Redirect(SequenceId id, kv::SealedRange sealed) {
+    for (int table = 0; table < cache_->shape().n_tables(); ++table) {
+      for (int index = sealed.first; index < sealed.last; ++index) {
+        if (!cache_->Redirectable(id, table, index)) continue;
+        const kv::LogicalBlock& block = cache_->blocks(id)[index];
+        const auto tokens = cache_->tokens(id).subspan(block.start, block.tokens);
+        std::vector<BlockId>& alike = alike_[{table, {tokens.begin(), tokens.end()}}];
+        const int most = table < 2 ? 1 : parts_;
+        if (alike.empty() || (static_cast<int>(alike.size()) < most && random_() % 2 == 0)) {
+          alike.push_back(cache_->table(id, table / 2, static_cast<kv::Kind>(table % 2))[index]);
+        } else {
+          cache_->Redirect(id, table, index, alike[random_() % alike.size()]);
+        }
+      }
+    }
   }
   void Encode(SequenceId id, kv::SealedRange sealed) {
     const codec::BlockLayout& layout = cache_->shape().layout;
@@ -101,6 +136,8 @@ class Layers {
   std::vector<uint16_t> out_;
   std::vector<SequenceId> ids_;
   int rows_ = 0;
+  int parts_;
+  std::map<std::pair<int, std::vector<TokenId>>, std::vector<BlockId>> alike_;  // by table and tokens
 };
 
 // One token of each sequence after `tokens` others, each block of which `readers` sequences share. GB/s are of what is
@@ -108,8 +145,9 @@ class Layers {
 void Decode(benchmark::State& state) {
   const int sequences = static_cast<int>(state.range(0));
   const int tokens = static_cast<int>(state.range(1));
-  Layers layers(sequences, tokens, static_cast<int>(state.range(2)), state.range(3) != 0);
-  layers.Reserve(layers.ids(), 1);
+  Layers layers(sequences, tokens, static_cast<int>(state.range(2)), state.range(3) != 0,
+                static_cast<int>(state.range(4)));
+  layers.Reserve(layers.ids(), {1});
   int layer = 0;
   for (auto _ : state) {
     layers.Store(layer % kLayers);
@@ -124,7 +162,8 @@ void Prefill(benchmark::State& state) {
   const int rows = static_cast<int>(state.range(0));
   const int tokens = static_cast<int>(state.range(1));
   Layers layers(1, tokens);
-  layers.Reserve(layers.ids(), rows);
+  std::mt19937 random(3);
+  layers.Reserve(layers.ids(), RandomTokens(rows, random));
   int layer = 0;
   for (auto _ : state) {
     layers.Store(layer % kLayers);
@@ -143,15 +182,18 @@ void Repeat(benchmark::internal::Benchmark* bench) {
 }
 
 BENCHMARK(Decode)
-    ->ArgNames({"sequences", "tokens", "readers", "q4"})
-    ->Args({16, 1040, 1, 0})
-    ->Args({16, 1040, 4, 0})
-    ->Args({16, 1040, 16, 0})
-    ->Args({16, 1040, 1, 1})
-    ->Args({16, 1040, 4, 1})
-    ->Args({48, 1040, 6, 1})
-    ->Args({1, 1040, 1, 0})
-    ->Args({16, 100, 1, 0})
+    ->ArgNames({"sequences", "tokens", "readers", "q4", "parts"})
+    ->Args({16, 1040, 1, 0, 0})
+    ->Args({16, 1040, 4, 0, 0})
+    ->Args({16, 1040, 16, 0, 0})
+    ->Args({16, 1040, 1, 1, 0})
+    ->Args({16, 1040, 4, 1, 0})
+    ->Args({48, 1040, 6, 1, 0})
+    ->Args({1, 1040, 1, 0, 0})
+    ->Args({16, 100, 1, 0, 0})
+    ->Args({16, 1040, 1, 0, 1})
+    ->Args({16, 1040, 1, 0, 2})
+    ->Args({48, 1040, 1, 1, 2})
     ->Apply(Repeat);
 BENCHMARK(Prefill)->ArgNames({"rows", "tokens"})->Args({512, 1000})->Args({512, 0})->Apply(Repeat);
 

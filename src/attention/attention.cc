@@ -235,7 +235,7 @@ void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) 
 // Blocks that the same rows visit, one after the other, get one order: then a row's visits to them are added up at
 // once. Whether there were any.
 bool Attention::JoinBlocks(std::span<PlannedVisit> visits) {
-  constexpr size_t kJoinedBlocks = 4;  // of a head, they fit the first cache
+  constexpr size_t kJoinedBlocks = 2;  // of a head, they fit the first cache
   const auto end_of = [&](size_t first) {
     size_t last = first + 1;
     while (last < visits.size() && visits[last].order == visits[first].order) ++last;

@@ -33,31 +33,39 @@ void Attention::OrderVisits(const WindowPlan& plan, const Part& part, LayerOrder
     meetings.push_back({i, run.k[planned.block], run.v[planned.block]});
   }
   for (size_t first = 0; first < meetings.size();) {
+    const PlannedVisit& leader = plan.visits[meetings[first].visit];
     size_t last = first + 1;
+    size_t of_row = 1;  // visits of the first row
     bool alike = true;
-    while (last < meetings.size() &&
-           plan.visits[meetings[last].visit].order == plan.visits[meetings[first].visit].order) {
-      alike &= meetings[last].k == meetings[first].k && meetings[last].v == meetings[first].v;
-      ++last;
+    for (; last < meetings.size() && plan.visits[meetings[last].visit].order == leader.order; ++last) {
+      if (last == first + of_row && plan.visits[meetings[last].visit].row == leader.row) {
+        ++of_row;
+        continue;
+      }
+      const Meeting& above = meetings[last - of_row];
+      alike &= meetings[last].k == above.k && meetings[last].v == above.v;
     }
     if (!alike) Arrange(plan, std::span(meetings).subspan(first, last - first), order);
     first = last;
   }
 }
 
-// Blocks in the order of their first visits: where they lie in memory does not change a result. A row that comes twice
-// adds up in order.
+// Rows that meet the same blocks come one after the other, blocks in the order of their first visits: where they lie in
+// memory does not change a result. What a row visits stays together, in order; its first two blocks decide.
 void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, LayerOrder& order) const {
   order.seen_k.clear();
   order.seen_v.clear();
-  for (size_t i = 0; i < together.size(); ++i) {
-    Meeting& meeting = together[i];
-    if (i > 0 && plan.visits[meeting.visit].row == plan.visits[together[i - 1].visit].row) {
-      meeting.rank = together[i - 1].rank;
-      continue;
-    }
-    meeting.rank = uint64_t{static_cast<uint32_t>(RankOf(meeting.k, order.seen_k))} << 32 |
-                   static_cast<uint32_t>(RankOf(meeting.v, order.seen_v));
+  const auto rank_of = [&](const Meeting& meeting) {
+    return static_cast<uint32_t>(RankOf(meeting.k, order.seen_k)) << 16 |
+           static_cast<uint32_t>(RankOf(meeting.v, order.seen_v));
+  };
+  for (size_t first = 0; first < together.size();) {
+    size_t last = first + 1;
+    const int row = plan.visits[together[first].visit].row;
+    while (last < together.size() && plan.visits[together[last].visit].row == row) ++last;
+    uint64_t rank = uint64_t{rank_of(together[first])} << 32;
+    if (last - first > 1) rank |= rank_of(together[first + 1]);
+    for (; first < last; ++first) together[first].rank = rank;
   }
   std::ranges::sort(together, [](const Meeting& a, const Meeting& b) {
     return a.rank != b.rank ? a.rank < b.rank : a.visit < b.visit;
