@@ -1,7 +1,6 @@
 #include "attention/attention.h"
 
 #include <algorithm>
-#include <bit>
 #include <climits>
 #include <cmath>
 #include <numbers>
@@ -232,10 +231,10 @@ void Attention::PlanParts(const kv::KvCache& cache, WindowPlan& plan, int rows) 
   }
 }
 
-// Blocks that the same rows visit, one after the other, get one order: then a row's visits to them are added up at
-// once. Whether there were any.
+// Two blocks that the same rows visit, one after the other, get one order: then a row's visits to them follow each
+// other, and are added up at once. No more than two: their keys and values, of one head, stay in the first cache also
+// where readers part in later layers. Whether there were any.
 bool Attention::JoinBlocks(std::span<PlannedVisit> visits) {
-  constexpr size_t kJoinedBlocks = 2;  // of a head, they fit the first cache
   const auto end_of = [&](size_t first) {
     size_t last = first + 1;
     while (last < visits.size() && visits[last].order == visits[first].order) ++last;
@@ -243,22 +242,18 @@ bool Attention::JoinBlocks(std::span<PlannedVisit> visits) {
   };
   bool any = false;
   for (size_t first = 0; first < visits.size();) {
-    const size_t rows = end_of(first) - first;
+    const size_t next = end_of(first);
+    const size_t rows = next - first;
     const auto own = visits.subspan(first, rows);
-    size_t most = std::min(kJoinedBlocks, kTogetherMax / rows);
-    const auto not_after = [](const PlannedVisit& a, const PlannedVisit& b) { return a.row >= b.row; };
-    if (rows == 1 || std::ranges::adjacent_find(own, not_after) != own.end()) most = 1;
-    size_t blocks = 1;
-    for (; blocks < most; ++blocks) {
-      const size_t next = first + blocks * rows;
-      if (next >= visits.size() || end_of(next) - next != rows) break;
-      if (!std::ranges::equal(own, visits.subspan(next, rows), {}, &PlannedVisit::row, &PlannedVisit::row)) break;
-    }
-    blocks = std::bit_floor(blocks);  // calls of the kernel then end with a row
-    const size_t last = first + blocks * rows;
-    for (size_t i = first; i < last; ++i) visits[i].order = visits[first].order;
-    any |= blocks > 1;
-    first = last;
+    first = next;
+    if (rows == 1 || 2 * rows > kBatchVisits || next == visits.size() || end_of(next) - next != rows) continue;
+    const auto twice = [](const PlannedVisit& a, const PlannedVisit& b) { return a.row == b.row; };
+    if (std::ranges::adjacent_find(own, twice) != own.end()) continue;
+    const auto other = visits.subspan(next, rows);
+    if (!std::ranges::equal(own, other, {}, &PlannedVisit::row, &PlannedVisit::row)) continue;
+    for (PlannedVisit& visit : other) visit.order = own.front().order;
+    first = next + rows;
+    any = true;
   }
   return any;
 }

@@ -2,8 +2,9 @@
 //
 // Plan cuts a step into units of work once; Store and Run then execute them for each layer. A unit is one of
 //   a part   visits: one row (one position of one sequence) against one of its blocks, for all heads. The visits of
-//            decoding rows are ordered by physical block, so that what several sequences share is read from memory once
-//            for all of them; each part keeps a partial result per row, and these are merged after
+//            decoding rows are ordered by physical block (or by two that the same rows read, one behind the other), so
+//            that what several sequences share is read from memory once for all of them; each part keeps a partial
+//            result per row, and these are merged after
 //   a row    one position against all its blocks, kSplitBlocks at a time, of one KV head: short runs of a prompt
 //   a tile   a run of positions of one sequence against all their tokens, of one KV head (prefill)
 // With `rows_independent` the parts are splits of single rows instead, and a row's sums are added up in the same order
@@ -97,7 +98,7 @@ class Attention {
   // One row against one block, for all heads.
   struct PlannedVisit {
     BlockId key;  // physical block in the first layer of this window size
-    // Among all visits, as they come; then, of the first visit to the same block; then, to the first of several such
+    // Among all visits, as they come; then, of the first visit to the same block; then, to the first of two joined
     // blocks.
     int order = 0;
     int span = 0;
@@ -107,7 +108,7 @@ class Attention {
     int partial = 0;     // index into partials
     bool first = false;  // of its partial
   };
-  static constexpr size_t kTogetherMax = 64;  // visits of one order, if it has several blocks
+  static constexpr int kBatchVisits = 64;  // at most, and of two joined blocks
   struct Part {
     int first = 0;  // visits
     int last = 0;
@@ -191,7 +192,7 @@ class Attention {
   // The queries of a KV head from `query` of its group on.
   Partial PartialOf(int index, int kv_head, int query = 0);
   int BatchVisits(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const;
-  int EndOfTogether(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const;
+  int EndOfUndivided(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const;
   void RunPart(const WindowPlan& plan, int index, const dense::RopeTable& rope, int thread);
   void RunRow(const WindowPlan& plan, const RowUnit& unit, int kv_head, const dense::RopeTable& rope,
               const dense::Activations& out, int thread);

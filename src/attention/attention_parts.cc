@@ -8,7 +8,6 @@
 namespace jointkv::attention {
 namespace {
 
-constexpr int kBatchVisits = 64;
 // That a batch reads: what the next one reads comes into the second cache meanwhile.
 constexpr size_t kBatchBytes = 256 << 10;
 
@@ -72,9 +71,10 @@ void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, Lay
   });
 }
 
-// The end of the visits that are one batch, if they fit: those of one order. Where results must not depend on other
-// rows, those that a call of the kernel is to have.
-int Attention::EndOfTogether(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const {
+// The end of the visits from `first` on that are not to be divided between batches: those of one order. Where results
+// must not depend on other rows, as many as a call of the kernel takes: it adds up a row's visits at once, so calls
+// have to end where those of RunRow do.
+int Attention::EndOfUndivided(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const {
   const int end = static_cast<int>(meetings.size());
   if (rows_independent_) return std::min(first + kVisitsMax, end);
   const int order = plan.visits[meetings[first].visit].order;
@@ -92,12 +92,16 @@ int Attention::BatchVisits(const WindowPlan& plan, const std::vector<Meeting>& m
   int n = 0;
   while (first + n < end) {
     const int from = first + n;
-    const int to = EndOfTogether(plan, meetings, from);
+    const int to = EndOfUndivided(plan, meetings, from);
     if (n > 0 && to - first > (decodes_ ? kBatchVisits : kVisitsMax)) break;
     for (int i = from; decodes_ && i < to; ++i) {
-      const Meeting* before = i > from ? &meetings[i - 1] : nullptr;
-      if (before == nullptr || meetings[i].k != before->k) bytes += cache.block_bytes(meetings[i].k);
-      if (before == nullptr || meetings[i].v != before->v) bytes += cache.block_bytes(meetings[i].v);
+      // Rows take turns at two blocks, if these are joined.
+      const auto met = [&](auto block) {
+        return (i > from && meetings[i - 1].*block == meetings[i].*block) ||
+               (i > from + 1 && meetings[i - 2].*block == meetings[i].*block);
+      };
+      if (!met(&Meeting::k)) bytes += cache.block_bytes(meetings[i].k);
+      if (!met(&Meeting::v)) bytes += cache.block_bytes(meetings[i].v);
     }
     if (bytes > kBatchBytes && n >= kVisitsMax) break;
     n = to - first;
@@ -135,7 +139,7 @@ void Attention::RunPart(const WindowPlan& plan, int index, const dense::RopeTabl
     for (n = 0; n < most && decoded.HasRoom(); ++n) {
       if (n == last_end) {
         last_first = n;
-        last_end = EndOfTogether(plan, meetings, first + n) - first;
+        last_end = EndOfUndivided(plan, meetings, first + n) - first;
         last_mark = decoded.mark();
       }
       visits[n] = FirstHead(plan, meetings[first + n], rope, decoded, steps[n]);

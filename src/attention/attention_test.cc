@@ -189,6 +189,28 @@ TEST(AttentionTest, ManyReadersOfSharedBlocks) {
   }
 }
 
+// More readers than a batch takes, and so many that no two blocks of theirs fit one.
+TEST(AttentionTest, MoreReadersThanABatch) {
+  for (const std::optional<Codec> sealed : {std::optional<Codec>(), std::optional(Codec::kQ4)}) {
+    std::vector<World::Results> results;
+    for (const int threads : {2, 1, 3}) {
+      World world({.sealed = sealed, .threads = threads, .judged = threads == 2, .tokens_max = 6000});
+      std::vector<World::Piece> pieces;
+      for (const int readers : {35, 100}) {
+        const SequenceId first = world.Start();
+        world.Step({{first, RandomTokens(130, readers)}});
+        pieces.push_back({first, {1}});
+        for (int i = 1; i < readers; ++i) pieces.push_back({world.Fork(first), {static_cast<TokenId>(2 + i)}});
+      }
+      world.Step(pieces);
+      if (HasFatalFailure()) return;
+      results.push_back(world.results());
+    }
+    EXPECT_EQ(results[0], results[1]);
+    EXPECT_EQ(results[0], results[2]);
+  }
+}
+
 // Sequences of the same paragraphs in different orders, decoding together. What they share differs from table to table,
 // as joint encoding leaves it: readers of one block in the first layer read several in a later one.
 class FusedReadersTest : public testing::Test {

@@ -34,15 +34,16 @@ struct Scratch {
 };
 
 // Visits of one row, one after the other, are added up at once: one softmax over all their tokens, which lie side by
-// side in the scratch, each visit's from an even place on.
-struct Run {
+// side in the scratch, each visit's from an even place on. A visit takes kBlockTokensMax places at most, and rounding
+// up to 16 adds none to those of earlier visits that were full, so all have room.
+struct RowRun {
   int first = 0;  // visits
   int last = 0;
   int begin = 0;  // tokens in the scratch, a multiple of 16
   int end = 0;
 };
-struct Runs {
-  explicit Runs(const VisitArgs& args) {
+struct RowRuns {
+  explicit RowRuns(const VisitArgs& args) {
     int token = 0;
     for (int i = 0; i < args.n; ++i) {
       const Visit& visit = args.visits[i];
@@ -59,7 +60,7 @@ struct Runs {
   }
 
   int n = 0;
-  Run all[kVisitsMax];
+  RowRun all[kVisitsMax];
   int at[kVisitsMax];  // a visit's first token in the scratch
 };
 
@@ -141,7 +142,7 @@ __m512 SumsOf4(const __m512 (&rows)[4]) {
 
 // Bits of the tokens that a run's visits see.
 struct Visible {
-  Visible(const VisitArgs& args, const Runs& runs, const Run& run) {
+  Visible(const VisitArgs& args, const RowRuns& runs, const RowRun& run) {
     for (int i = run.first; i < run.last; ++i) {
       const Visit& visit = args.visits[i];
       const uint64_t own = ((uint64_t{1} << visit.end) - 1) & ~((uint64_t{1} << visit.begin) - 1);
@@ -157,7 +158,7 @@ struct Visible {
 
 // Turns a run's scores into weights, and sets the factors by which its row's earlier sums shrink.
 template <int kQueries>
-void Weigh(const VisitArgs& args, const Runs& runs, const Run& run, const Scratch& scratch, float* correction) {
+void Weigh(const VisitArgs& args, const RowRuns& runs, const RowRun& run, const Scratch& scratch, float* correction) {
   const Visit& visit = args.visits[run.first];
   const Visible visible(args, runs, run);
   const float* scores = scratch.scores + run.begin;
@@ -221,7 +222,7 @@ void Weigh(const VisitArgs& args, const Runs& runs, const Run& run, const Scratc
 // may be incomplete. Complete ones are stored without a mask: the next run of the row reads them at once, which masks
 // would delay.
 template <int kQueries, int kVectors>
-void WeightedSum(const VisitArgs& args, const Runs& runs, const Run& run, const Scratch& scratch,
+void WeightedSum(const VisitArgs& args, const RowRuns& runs, const RowRun& run, const Scratch& scratch,
                  const float* correction, int channel) {
   const int head_dim = args.layout->head_dim;
   const Partial& row = args.visits[run.first].sum;
@@ -295,12 +296,13 @@ void Attend(const VisitArgs& args) {
   const int head_dim = args.layout->head_dim;
   const int n_pairs = head_dim / 2;
   const Scratch scratch(args);
-  const Runs runs(args);
+  const RowRuns runs(args);
   for (int i = 0; i < args.n; ++i) {
     const Visit& visit = args.visits[i];
     RotateToPairs<kQueries>(visit.q, n_pairs, visit.cos, visit.sin, visit.k_scale, scratch.Query(i, 0),
                             scratch.q_stride);
   }
+  // In order: what a visit's last vector holds beyond its tokens is where the next one's scores go.
   for (int i = 0; i < args.n; ++i) {
     WithHalves(args.visits[i], [&](auto halves) {
       Score<kQueries, decltype(halves)::value>(args.visits[i], n_pairs, scratch.Query(i, 0), scratch.q_stride,

@@ -48,7 +48,7 @@ class DecodedBlocks {
     for (size_t kind = 0; kind < kinds_.size(); ++kind) kinds_[kind].n = mark.n[kind];
   }
 
-  // Where Decode puts the head of an encoded block, until Clear. `run` must stay.
+  // Where Decode puts the head of an encoded block, until Clear or Return. `run` must stay.
   const std::byte* Add(const BlockRun& run, codec::Kind kind, BlockId id, const kv::LogicalBlock& logical) {
     OfKind& blocks = kinds_[static_cast<size_t>(kind)];
     // That of the visit before, as a rule.

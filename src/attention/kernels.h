@@ -91,7 +91,9 @@ constexpr size_t VisitScratchFloats(int head_dim) {
          (std::max(RoundUp(head_dim, 32), kAvx2HeadDimMax) + 2 * codec::kBlockTokensMax);
 }
 
-// bf16 blocks with AVX-512 BF16: dot products of bf16 pairs, f32 sums; probabilities rounded to bf16.
+// bf16 blocks with AVX-512 BF16: dot products of bf16 pairs, f32 sums; probabilities rounded to bf16. Visits of one
+// row, one after the other in a call, are added up with one softmax: where calls end, results differ by rounding. Of
+// the others they do not depend on calls.
 void AttendBf16(const VisitArgs& args);
 // bf16 blocks, f32 arithmetic throughout; only where HasAvx2Kernel(head_dim). Visits to one block, one after the other,
 // meet it together.

@@ -61,7 +61,8 @@ void ExpectAlike(void (*kernel)(const VisitArgs&), const Row& row, const Row& sa
   for (size_t i = 0; i < row.out.size(); ++i) EXPECT_NEAR(row.out[i], same.out[i], 0.01);
 }
 
-// The generic kernel on every target, then those of a CPU that it can run. How many visits make a call is no matter.
+// The generic kernel on every target, then those of a CPU that it can run. How many visits make a call is no matter,
+// but for rounding in the bf16 kernel.
 std::vector<Row> RunEveryKernel(const VisitArgs& args, const std::vector<Visit>& visits) {
   std::vector<Row> rows;
   const auto run = [&](void (*kernel)(const VisitArgs&)) {
@@ -177,8 +178,6 @@ TEST(KernelsTest, BlockKernelsAgreeOnBf16Blocks) {
   }
 }
 
-// Rows of several sequences that share blocks: visits of the same block come one after the other, some of the same row,
-// and see less or more of it. How many make a call is no matter.
 // Lines that steps would ask for, one by one.
 std::vector<ptrdiff_t> Lines(Ahead& ahead, const std::byte* from) {
   std::vector<ptrdiff_t> lines;
@@ -229,6 +228,8 @@ TEST(ReadAheadTest, ForgetsAndFillsAndGoesRound) {
   }
 }
 
+// Rows of several sequences that share blocks: visits of the same block come one after the other, some of the same row,
+// and see less or more of it. How many make a call is no matter.
 TEST(KernelsTest, VisitsToOneBlockDoNotTouchEachOther) {
   constexpr int kRows = 5;
   for (const int head_dim : {16, 64, 80}) {

@@ -70,7 +70,7 @@ void EncodeBlock(const BlockLayout& source, Kind kind, Codec to, const std::byte
                  const Reference& reference, std::byte* out);
 
 // layout: bf16. block: the whole block in codec `from`. reference: as in EncodeBlock, of this head. out: one head of
-// class cap; tokens past the last are finite.
+// class cap; tokens past the last are finite, if the mean is.
 void DecodeHead(const BlockLayout& layout, Kind kind, Codec from, const std::byte* block, int head, int cap, int tokens,
                 const Reference& reference, std::byte* out);
 

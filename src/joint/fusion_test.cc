@@ -730,13 +730,15 @@ FusionOptions Off() {
 TEST(Fusion, SealedBlocksAreEncodedWithoutFusionToo) {
   for (const Codec to : {Codec::kQ8, Codec::kQ4}) {
     World world({.fusion = Off(), .sealed = to});
-    const SequenceId id = world.Run(Prompt(0, kText) + Tokens{1, 2, 3}, {});
+    const SequenceId id = world.Run(Prompt(0, Line(1, 11)) + Tokens{1, 2, 3}, {});
     ASSERT_EQ(world->blocks(id).size(), 3U);
+    ASSERT_EQ(world->blocks(id)[1].tokens, 11);
+    const codec::BlockLayout encoded{world.layout().n_kv_heads, world.layout().head_dim, to};
     for (int table = 0; table < 2; ++table) {
       EXPECT_EQ(world->codec(world.Block(id, 0, table)), Codec::kQ8) << "the sequence's first token";
       EXPECT_EQ(world->codec(world.Block(id, 1, table)), to);
       EXPECT_EQ(world->codec(world.Block(id, 2, table)), Codec::kBf16);
-      EXPECT_LT(world->block_bytes(world.Block(id, 1, table)), world.layout().block_bytes(12));
+      EXPECT_EQ(world->block_bytes(world.Block(id, 1, table)), encoded.block_bytes(11));
       EXPECT_GT(world.Nmse(id, 1, table), 0);
       EXPECT_LT(world.Nmse(id, 1, table), to == Codec::kQ8 ? 1e-3 : 0.04);
     }

@@ -68,8 +68,11 @@ KvCache::KvCache(KvShape shape, BlockCutter cutter, Options options, std::vector
       marks_(arena_->total_ids()),
       index_(RandomKey()),
       widest_window_(std::ranges::max(shape_.window)) {
-  std::vector<int> one_encoded(codec::kClasses + (codecs_.size() - 1) * codec::kQuantisedClasses, 1);
-  std::fill_n(one_encoded.begin(), codec::kClasses, 0);
+  std::vector<int> one_encoded(codec::kClasses, 0);
+  for (size_t i = 1; i < codecs_.size(); ++i) {
+    for (int tokens = 1; tokens <= codec::kQuantisedClasses; ++tokens)
+      one_encoded.push_back(tokens < BlockCutter::kMinTokens ? 0 : 1);
+  }
   const size_t spare = std::min(arena_->HeldBytesOf(one_encoded), arena_->capacity_bytes() / 16);
   spare_slabs_ = static_cast<int>(spare / arena_->slab_bytes());
 }
@@ -515,7 +518,7 @@ void KvCache::Publish(Sequence& s, int index) {
 void KvCache::TakeKnown(Sequence& s, int index, EntryId entry) {
   PrefixEntry& known = index_[entry];
   LogicalBlock& block = s.blocks[index];
-  // All rows of a logical block have one size class, so a stripped entry of another class can be neither taken nor made
+  // All rows of a logical block have one cap, so a stripped entry of another one can be neither taken nor made
   // whole. The sequence leaves the chain: a user of an entry must refer to its blocks, or they could not be reclaimed.
   if (known.stripped && known.cap != block.cap) return;
   for (int table = 0; table < shape_.n_tables(); ++table) {

@@ -56,7 +56,7 @@ struct LogicalBlock {
   int start = 0;          // position of its first token
   int base = 0;           // position that its keys' rotation counts from: start, or 0 with absolute keys
   uint8_t tokens = 0;     // filled (appended) tokens
-  uint8_t cap = 0;        // size class of its physical blocks, in tokens
+  uint8_t cap = 0;        // size class of its written physical blocks, in tokens
   bool complete = false;  // its content says that it ends here
   bool sealed = false;    // complete and committed: never changes again
 };
@@ -146,7 +146,7 @@ class KvCache {
   bool Redirectable(SequenceId sequence, int table, int index) const;
   // The same, of any sequence.
   bool Owned(SequenceId sequence, int table, int index) const;
-  // Lets such a slot, and its index entry, refer to `target` (same tokens count, class and domain) and frees its own
+  // Lets such a slot, and its index entry, refer to `target` (same tokens count, cap and domain) and frees its own
   // block. `scale` multiplies target's values for this slot; 1 unless Options::scales.
   void Redirect(SequenceId sequence, int table, int index, BlockId target, float scale = 1);
   // Lets every slot and index entry that refers to `from` refer to `target` instead, multiplying their factors by
@@ -155,11 +155,11 @@ class KvCache {
   // Moves such a slot's own block to the lowest free place of its class, so that slabs of short-lived blocks run empty.
   // Returns where it lies now.
   BlockId MoveDown(SequenceId sequence, int table, int index);
-  // Lets all that refers to the sealed block of this slot refer to a block of `to` (a quantised codec) instead, with
-  // the same tokens in the same class, and frees it. `encoded`: what the new block holds. With a `base` (same tokens
-  // count, class and domain, itself without one; Options::residuals), the new block is a difference from it and owns a
-  // reference to it. Returns the new block; invalid, and nothing changed, when there is no room for it, or an entry
-  // that no running sequence uses refers to the old one.
+  // Lets all that refers to the sealed block of this slot refer to a block of `to` (a quantised codec) instead, of
+  // just its tokens, and frees it. `encoded`: what the new block holds. With a `base` (same tokens count, cap and
+  // domain, itself without one; Options::residuals), the new block is a difference from it and owns a reference to it.
+  // Returns the new block; invalid, and nothing changed, when there is no room for it, or an entry that no running
+  // sequence uses refers to the old one.
   BlockId Encode(SequenceId sequence, int table, int index, codec::Codec to, const std::byte* encoded,
                  BlockId base = BlockId());
   // After the last owner of a watched block is gone, its id is in TakeReleased once, and may be in use again already.
