@@ -32,11 +32,11 @@ std::vector<TokenId> RandomTokens(int n, std::mt19937& random) {
 
 class Layers {
  public:
-  // Every block is shared by `readers` sequences. parts: instead, each sequence is 8 documents out of kDocuments in
-  // random order, and blocks of equal tokens are one block in the first layer and `parts` in later ones, as joint
+  // Every block is shared by `readers` sequences. variants: instead, each sequence is 8 documents out of kDocuments in
+  // random order, and blocks of equal tokens are one block in the first layer and `variants` in later ones, as joint
   // encoding leaves them.
-  Layers(int sequences, int tokens, int readers = 1, bool encoded = false, int parts = 0)
-      : pool_(kThreads), parts_(parts) {
+  Layers(int sequences, int tokens, int readers = 1, bool encoded = false, int variants = 0)
+      : pool_(kThreads), variants_(variants) {
     kv::KvShape shape{{kHeads.n_kv_heads, kHeads.head_dim, codec::Codec::kBf16}, std::vector<int>(kLayers, 0)};
     if (encoded) shape.sealed.assign(shape.n_tables(), codec::Codec::kQ4);
     const size_t bytes =
@@ -62,16 +62,16 @@ class Layers {
       ids_.push_back(cache_->Create(DomainId(0), tokens + kStepRowsMax, kv::KvCache::Sharing::kLossy));
       std::vector<TokenId> prompt;
       std::ranges::shuffle(documents, random_);
-      for (int k = 0; k < 8 && parts > 0; ++k) prompt.insert(prompt.end(), documents[k].begin(), documents[k].end());
+      for (int k = 0; k < 8 && variants > 0; ++k) prompt.insert(prompt.end(), documents[k].begin(), documents[k].end());
       prompt.resize(tokens, 1);
-      if (parts == 0) prompt = RandomTokens(tokens, random_);
+      if (variants == 0) prompt = RandomTokens(tokens, random_);
       for (int at = 0; at < tokens; at += kStepRowsMax) {
         const int rows = std::min(kStepRowsMax, tokens - at);
         Reserve({ids_.back()}, {prompt.begin() + at, prompt.begin() + at + rows});
         for (int layer = 0; layer < kLayers; ++layer) Store(layer);
         const kv::SealedRange sealed = cache_->Commit(ids_.back());
         if (encoded) Encode(ids_.back(), sealed);
-        if (parts > 0) Redirect(ids_.back(), sealed);
+        if (variants > 0) Redirect(ids_.back(), sealed);
       }
     }
   }
@@ -98,7 +98,7 @@ class Layers {
         const kv::LogicalBlock& block = cache_->blocks(id)[index];
         const auto tokens = cache_->tokens(id).subspan(block.start, block.tokens);
         std::vector<BlockId>& alike = alike_[{table, {tokens.begin(), tokens.end()}}];
-        const int most = table < 2 ? 1 : parts_;
+        const int most = table < 2 ? 1 : variants_;
         if (alike.empty() || (static_cast<int>(alike.size()) < most && random_() % 2 == 0)) {
           alike.push_back(cache_->table(id, table / 2, static_cast<kv::Kind>(table % 2))[index]);
         } else {
@@ -136,7 +136,7 @@ class Layers {
   std::vector<uint16_t> out_;
   std::vector<SequenceId> ids_;
   int rows_ = 0;
-  int parts_;
+  int variants_;
   std::map<std::pair<int, std::vector<TokenId>>, std::vector<BlockId>> alike_;  // by table and tokens
 };
 
@@ -182,7 +182,7 @@ void Repeat(benchmark::internal::Benchmark* bench) {
 }
 
 BENCHMARK(Decode)
-    ->ArgNames({"sequences", "tokens", "readers", "q4", "parts"})
+    ->ArgNames({"sequences", "tokens", "readers", "q4", "variants"})
     ->Args({16, 1040, 1, 0, 0})
     ->Args({16, 1040, 4, 0, 0})
     ->Args({16, 1040, 16, 0, 0})

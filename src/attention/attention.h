@@ -98,8 +98,8 @@ class Attention {
   // One row against one block, for all heads.
   struct PlannedVisit {
     BlockId key;  // physical block in the first layer of this window size
-    // Among all visits, as they come; then, of the first visit to the same block; then, to the first of two joined
-    // blocks.
+    // Among all visits, as they come; then, that of the first visit to the same block, or to the first of two joined
+    // ones.
     int order = 0;
     int span = 0;
     int row = 0;

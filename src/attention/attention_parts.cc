@@ -73,10 +73,11 @@ void Attention::Arrange(const WindowPlan& plan, std::span<Meeting> together, Lay
 
 // The end of the visits from `first` on that are not to be divided between batches: those of one order. Where results
 // must not depend on other rows, as many as a call of the kernel takes: it adds up a row's visits at once, so calls
-// have to end where those of RunRow do.
+// have to end where those of RunRow do. Looks no farther than a batch.
 int Attention::EndOfUndivided(const WindowPlan& plan, const std::vector<Meeting>& meetings, int first) const {
-  const int end = static_cast<int>(meetings.size());
-  if (rows_independent_) return std::min(first + kVisitsMax, end);
+  const int most = rows_independent_ ? kVisitsMax : kBatchVisits;
+  const int end = std::min(first + most, static_cast<int>(meetings.size()));
+  if (rows_independent_) return end;
   const int order = plan.visits[meetings[first].visit].order;
   int last = first + 1;
   while (last < end && plan.visits[meetings[last].visit].order == order) ++last;
